@@ -1,0 +1,38 @@
+"""The seam between the edge and whatever runs sequences.
+
+Three implementations: ranks of a cluster over gRPC, an engine in this process, and a stub for tests and for measuring
+the edge alone. The edge never knows which it talks to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from moestro.protos.types import EngineLimits, SequenceDelta, SequenceRequest
+
+
+class DeltaStream(Protocol):
+    """The deltas of the sequences of one request, as they come, in order within each sequence."""
+
+    async def next(self) -> list[SequenceDelta]:
+        """Waits for at least one delta and returns all there are. Raises Unavailable when the engine is lost.
+        After every sequence has had a delta with a finish_reason it must not be called again."""
+
+    def cancel(self, sequence_id: str) -> None:
+        """Ends one sequence early; its blocks are freed within two steps. No delta of it follows. Idempotent, and
+        allowed after its end."""
+
+    def close(self) -> None:
+        """Cancels what is left. Idempotent."""
+
+
+class Backend(Protocol):
+    """Runs sequences."""
+
+    @property
+    def limits(self) -> EngineLimits: ...
+
+    def start(self, sequences: Sequence[SequenceRequest]) -> DeltaStream:
+        """Starts the sequences of one request together, on one rank. Raises Overloaded or Unavailable, with nothing
+        started."""

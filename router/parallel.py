@@ -1,0 +1,64 @@
+"""The axes of a group and what tensor parallelism needs of them.
+
+A group is ``dp × tp`` ranks, numbered ``rank = dp_rank * tp + tp_rank``. Attention is data-parallel over ``dp`` and
+tensor-parallel over ``tp``; experts are spread over all ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class GroupShape:
+    """How many ranks a group has along each axis."""
+
+    dp: int = 1
+    tp: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.dp * self.tp
+
+    def dp_rank(self, rank: int) -> int:
+        return rank // self.tp
+
+    def tp_rank(self, rank: int) -> int:
+        return rank % self.tp
+
+    def leader(self, rank: int) -> int:
+        """The rank that talks to gateways for this one's tensor-parallel set."""
+        return rank - rank % self.tp
+
+
+class TensorParallel(Protocol):
+    """Collectives within one tensor-parallel set. All are called by every rank of the set, in the same order."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over the set in rank order (gather, then add), the same bits on every rank."""
+
+    def gather(self, x: Tensor, dim: int = -1) -> Tensor:
+        """Concatenation of every rank's ``x`` (same shape on each) along ``dim``, in rank order."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoTensorParallel:
+    """A set of one."""
+
+    rank: int = 0
+    size: int = 1
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x
+
+    def gather(self, x: Tensor, dim: int = -1) -> Tensor:
+        return x
