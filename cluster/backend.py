@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from moestro.protos.types import EngineLimits, SequenceDelta, SequenceRequest
+from moestro.protos.sequences import EngineLimits, SequenceDelta, SequenceRequest
 
 
 class DeltaStream(Protocol):
