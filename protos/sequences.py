@@ -9,9 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from types import MappingProxyType
-
-_NO_BIAS: Mapping[int, float] = MappingProxyType({})
 
 
 class FinishReason(Enum):
@@ -41,7 +38,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0  # > 0; over prompt and output tokens (Keskar et al. 2019, CTRL)
     presence_penalty: float = 0.0  # over output tokens
     frequency_penalty: float = 0.0  # over output tokens
-    logit_bias: Mapping[int, float] = field(default=_NO_BIAS)
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int = 0  # unsigned 64 bit; with the position it is the whole state of the noise
     max_tokens: int = 16  # >= 1; output tokens in all, replayed ones included
     min_tokens: int = 0  # no eos and no stop token before this many output tokens

@@ -1,0 +1,177 @@
+"""Between the plain types of ``sequences`` and the messages that gateways and ranks exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from moestro.protos.gen import rank_pb2 as pb
+from moestro.protos.sequences import (
+    EngineLimits,
+    EngineLoad,
+    FinishReason,
+    SamplingParams,
+    SequenceDelta,
+    SequenceLedger,
+    SequenceRequest,
+    TokenLogprobs,
+)
+
+_TO_FINISH = {
+    FinishReason.EOS: pb.FINISH_EOS,
+    FinishReason.STOP_TOKEN: pb.FINISH_STOP_TOKEN,
+    FinishReason.STOP_STRING: pb.FINISH_STOP_STRING,
+    FinishReason.LENGTH: pb.FINISH_LENGTH,
+    FinishReason.CANCELLED: pb.FINISH_CANCELLED,
+    FinishReason.ERROR: pb.FINISH_ERROR,
+}
+_FROM_FINISH = {number: reason for reason, number in _TO_FINISH.items()}
+
+
+def encode_request(request: SequenceRequest) -> pb.Sequence:
+    p = request.sampling
+    return pb.Sequence(
+        sequence_id=request.sequence_id,
+        prompt_ids=request.prompt_ids,
+        output_ids=request.output_ids,
+        priority=request.priority,
+        sampling=pb.Sampling(
+            temperature=p.temperature,
+            top_k=p.top_k,
+            top_p=p.top_p,
+            min_p=p.min_p,
+            repetition_penalty=p.repetition_penalty,
+            presence_penalty=p.presence_penalty,
+            frequency_penalty=p.frequency_penalty,
+            logit_bias=dict(p.logit_bias),
+            seed=p.seed,
+            max_tokens=p.max_tokens,
+            min_tokens=p.min_tokens,
+            ignore_eos=p.ignore_eos,
+            eos_token_ids=p.eos_token_ids,
+            stop_token_ids=p.stop_token_ids,
+            logprobs=p.logprobs,
+            prompt_logprobs=p.prompt_logprobs,
+        ),
+    )
+
+
+def decode_request(message: pb.Sequence) -> SequenceRequest:
+    p = message.sampling
+    return SequenceRequest(
+        sequence_id=message.sequence_id,
+        prompt_ids=tuple(message.prompt_ids),
+        output_ids=tuple(message.output_ids),
+        priority=message.priority,
+        sampling=SamplingParams(
+            temperature=p.temperature,
+            top_k=p.top_k,
+            top_p=p.top_p,
+            min_p=p.min_p,
+            repetition_penalty=p.repetition_penalty,
+            presence_penalty=p.presence_penalty,
+            frequency_penalty=p.frequency_penalty,
+            logit_bias=dict(p.logit_bias),
+            seed=p.seed,
+            max_tokens=p.max_tokens,
+            min_tokens=p.min_tokens,
+            ignore_eos=p.ignore_eos,
+            eos_token_ids=tuple(p.eos_token_ids),
+            stop_token_ids=tuple(p.stop_token_ids),
+            logprobs=p.logprobs if p.HasField("logprobs") else None,
+            prompt_logprobs=p.prompt_logprobs if p.HasField("prompt_logprobs") else None,
+        ),
+    )
+
+
+def encode_delta(delta: SequenceDelta) -> pb.Delta:
+    message = pb.Delta(sequence_id=delta.sequence_id, token_ids=delta.token_ids)
+    if delta.logprobs:
+        message.logprobs.extend(_encode_logprobs(delta.logprobs))
+    if delta.prompt_logprobs is not None:
+        message.prompt_logprobs.extend(_encode_logprobs(delta.prompt_logprobs))
+    if delta.finish_reason is not None:
+        message.finish = _TO_FINISH[delta.finish_reason]
+    if delta.error is not None:
+        message.error = delta.error
+    if delta.ledger is not None:
+        ledger = delta.ledger
+        message.ledger.queued_s = ledger.queued_s
+        message.ledger.prefill_s = ledger.prefill_s
+        message.ledger.decode_s = ledger.decode_s
+        message.ledger.num_cached_tokens = ledger.num_cached_tokens
+        message.ledger.num_preemptions = ledger.num_preemptions
+        message.ledger.num_steps = ledger.num_steps
+    return message
+
+
+def decode_delta(message: pb.Delta) -> SequenceDelta:
+    token_ids = tuple(message.token_ids)
+    if not message.finish and not message.logprobs and not message.prompt_logprobs:
+        return SequenceDelta(message.sequence_id, token_ids)  # nearly every delta: keep it cheap
+    ledger = None
+    if message.HasField("ledger"):
+        m = message.ledger
+        ledger = SequenceLedger(
+            m.queued_s, m.prefill_s, m.decode_s, m.num_cached_tokens, m.num_preemptions, m.num_steps
+        )
+    prompt_logprobs = tuple(map(_decode_logprobs, message.prompt_logprobs)) if message.prompt_logprobs else None
+    return SequenceDelta(
+        sequence_id=message.sequence_id,
+        token_ids=token_ids,
+        logprobs=tuple(entry for entry in map(_decode_logprobs, message.logprobs) if entry is not None),
+        prompt_logprobs=prompt_logprobs,
+        finish_reason=_FROM_FINISH[message.finish] if message.finish else None,
+        error=message.error or None,
+        ledger=ledger,
+    )
+
+
+def _encode_logprobs(entries: Iterable[TokenLogprobs | None]) -> list[pb.Logprobs]:
+    return [
+        pb.Logprobs(absent=True)
+        if entry is None
+        else pb.Logprobs(
+            token_id=entry.token_id,
+            logprob=entry.logprob,
+            top_ids=[token_id for token_id, _ in entry.top],
+            top_logprobs=[logprob for _, logprob in entry.top],
+        )
+        for entry in entries
+    ]
+
+
+def _decode_logprobs(message: pb.Logprobs) -> TokenLogprobs | None:
+    if message.absent:
+        return None
+    top = tuple(zip(message.top_ids, message.top_logprobs, strict=True))
+    return TokenLogprobs(message.token_id, message.logprob, top)
+
+
+def encode_load(load: EngineLoad) -> pb.Load:
+    return pb.Load(
+        num_running=load.num_running,
+        num_waiting=load.num_waiting,
+        kv_blocks_used=load.kv_blocks_used,
+        kv_blocks_total=load.kv_blocks_total,
+        num_steps=load.num_steps,
+        step_s=load.step_s,
+    )
+
+
+def decode_load(message: pb.Load) -> EngineLoad:
+    return EngineLoad(
+        message.num_running,
+        message.num_waiting,
+        message.kv_blocks_used,
+        message.kv_blocks_total,
+        message.num_steps,
+        message.step_s,
+    )
+
+
+def encode_limits(limits: EngineLimits) -> pb.Limits:
+    return pb.Limits(vocab_size=limits.vocab_size, max_context=limits.max_context, max_waiting=limits.max_waiting)
+
+
+def decode_limits(message: pb.Limits) -> EngineLimits:
+    return EngineLimits(message.vocab_size, message.max_context, message.max_waiting)
