@@ -1,0 +1,33 @@
+# Two commands need nothing but Python 3.11 or newer: `make serve` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: serve test lint env buf clean
+
+serve: env  ## a cluster on this machine, serving the bundled demo model over gRPC
+	$(BIN)/moestro serve $(ARGS)
+
+test: env lint  ## everything that must hold; no GPU, no network
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+buf:  ## lint the protos and look for breaking changes against BASE (needs node)
+	bash protos/check.sh
+
+env: $(VENV)/.ready
+
+# torch first and pinned: with the CPU build present nothing else pulls CUDA packages.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
