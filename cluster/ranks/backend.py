@@ -32,6 +32,7 @@ class ClusterBackend:
         self._wanted: dict[str, int] = {}  # address -> epoch
         self._links: dict[str, RankLink] = {}
         self._connecting: dict[str, asyncio.Task[None]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
         self._limits: EngineLimits | None = None
         self._attached = asyncio.Event()
         self._turn = 0
@@ -61,7 +62,8 @@ class ClusterBackend:
         for address in self._links.keys() - wanted.keys():
             link = self._links.pop(address)
             log.info("rank at %s left", address)
-            asyncio.create_task(link.close())
+            self._closing.add(task := asyncio.create_task(link.close()))
+            task.add_done_callback(self._closing.discard)
         for address in wanted.keys() - self._links.keys() - self._connecting.keys():
             self._connecting[address] = asyncio.create_task(self._connect(address))
 

@@ -89,7 +89,7 @@ class RankLink:
             first = await call.read()
         except grpc.aio.AioRpcError as error:
             raise Unavailable(f"rank at {self.address}: {error.details()}") from None
-        if first is grpc.aio.EOF:
+        if first is grpc.aio.EOF:  # type: ignore[attr-defined]
             raise Unavailable(f"rank at {self.address} closed the stream")
         self.limits = wire.decode_limits(first.welcome.limits)
         self._reader = asyncio.create_task(self._read(call))
@@ -109,14 +109,14 @@ class RankLink:
     async def close(self) -> None:
         if self._reader is not None:
             self._reader.cancel()
-        await self._channel.close()
+        await self._channel.close(None)
 
     async def _requests(self) -> AsyncIterator[pb.AttachRequest]:
         yield self._hello
         while True:
             yield await self._outgoing.get()
 
-    async def _read(self, call: grpc.aio.StreamStreamCall) -> None:
+    async def _read(self, call: grpc.aio.StreamStreamCall[pb.AttachRequest, pb.AttachResponse]) -> None:
         reason = "closed the stream"
         try:
             async for response in call:

@@ -79,8 +79,10 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
         if outbox is not None:
             outbox.sequences.discard(sequence_id)
 
-    async def Attach(  # noqa: N802
-        self, request_iterator: AsyncIterator[pb.AttachRequest], context: grpc.aio.ServicerContext
+    async def Attach(
+        self,
+        request_iterator: AsyncIterator[pb.AttachRequest],
+        context: grpc.aio.ServicerContext[pb.AttachRequest, pb.AttachResponse],
     ) -> AsyncIterator[pb.AttachResponse]:
         given = dict(context.invocation_metadata() or ()).get(SECRET_KEY, "")
         if not hmac.compare_digest(str(given).encode(), self._secret.encode()):
