@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from moestro.protos.errors import Overloaded
-from moestro.protos.sequences import SequenceDelta
+from moestro.protos.sequences import SequenceDelta, SequenceRequest
 
 
 class QueuedDeltas:
     """Implements ``DeltaStream``: filled by the table, drained by the edge."""
 
-    def __init__(self, cancel: Callable[[str], None], sequence_ids: Sequence[str]) -> None:
+    def __init__(self, cancel: Callable[[str], None], engine_ids: Mapping[str, str]) -> None:
         self._cancel = cancel
-        self._open = set(sequence_ids)
+        self._open = dict(engine_ids)  # edge's id -> engine's id
         self._deltas: list[SequenceDelta] = []
         self._failure: Exception | None = None
         self._ready = asyncio.Event()
@@ -29,9 +30,9 @@ class QueuedDeltas:
         return deltas
 
     def cancel(self, sequence_id: str) -> None:
-        if sequence_id in self._open:
-            self._open.discard(sequence_id)
-            self._cancel(sequence_id)
+        engine_id = self._open.pop(sequence_id, None)
+        if engine_id is not None:
+            self._cancel(engine_id)
 
     def close(self) -> None:
         for sequence_id in tuple(self._open):
@@ -40,7 +41,7 @@ class QueuedDeltas:
     def put(self, delta: SequenceDelta) -> None:
         self._deltas.append(delta)
         if delta.finish_reason is not None:
-            self._open.discard(delta.sequence_id)
+            self._open.pop(delta.sequence_id, None)
         self._ready.set()
 
     def fail(self, failure: Exception) -> None:
@@ -50,42 +51,57 @@ class QueuedDeltas:
 
 
 class DeltaStreams:
-    """The open sequences of one engine, by id. ``cancel`` tells the engine to end one."""
+    """The open sequences of one engine. ``cancel`` tells the engine to end one.
 
-    def __init__(self, cancel: Callable[[str], None]) -> None:
+    An engine sees ids that are never used twice: a client may use the name of a request again as soon as it has
+    ended, while the engine still has a last word to say on the one before.
+    """
+
+    def __init__(self, owner: str, cancel: Callable[[str], None]) -> None:
+        self._owner = owner
         self._cancel_at_engine = cancel
-        self._streams: dict[str, QueuedDeltas] = {}
+        self._streams: dict[str, tuple[QueuedDeltas, str]] = {}  # engine's id -> stream, edge's id
+        self._num_opened = 0
 
     def __len__(self) -> int:
         return len(self._streams)
 
-    def open(self, sequence_ids: Sequence[str]) -> QueuedDeltas:
-        stream = QueuedDeltas(self._cancel, sequence_ids)
-        for sequence_id in sequence_ids:
-            self._streams[sequence_id] = stream
-        return stream
+    def open(self, sequences: Sequence[SequenceRequest]) -> tuple[QueuedDeltas, list[SequenceRequest]]:
+        """A stream for the sequences of one request, and those sequences as the engine is to be told of them."""
+        renamed = []
+        engine_ids = {}
+        for sequence in sequences:
+            self._num_opened += 1
+            engine_id = f"{self._owner}.{self._num_opened} {sequence.sequence_id}"
+            engine_ids[sequence.sequence_id] = engine_id
+            renamed.append(replace(sequence, sequence_id=engine_id))
+        stream = QueuedDeltas(self._cancel, engine_ids)
+        for sequence_id, engine_id in engine_ids.items():
+            self._streams[engine_id] = stream, sequence_id
+        return stream, renamed
 
     def deliver(self, delta: SequenceDelta) -> None:
         """A delta of a sequence that was cancelled meanwhile is dropped."""
-        stream = self._streams.get(delta.sequence_id)
-        if stream is not None:
+        entry = self._streams.get(delta.sequence_id)
+        if entry is not None:
             if delta.finish_reason is not None:
                 del self._streams[delta.sequence_id]
-            stream.put(delta)
+            stream, sequence_id = entry
+            stream.put(replace(delta, sequence_id=sequence_id))
 
-    def refuse(self, sequence_id: str, reason: str) -> None:
+    def refuse(self, engine_id: str, reason: str) -> None:
         """The engine did not take the sequence on."""
-        stream = self._streams.pop(sequence_id, None)
-        if stream is not None:
-            stream.fail(Overloaded(reason))
+        entry = self._streams.pop(engine_id, None)
+        if entry is not None:
+            entry[0].fail(Overloaded(reason))
 
     def fail(self, failure: Exception) -> None:
         """The engine is lost: every open stream ends with ``failure``."""
-        streams = set(self._streams.values())
+        streams = {stream for stream, _ in self._streams.values()}
         self._streams.clear()
         for stream in streams:
             stream.fail(failure)
 
-    def _cancel(self, sequence_id: str) -> None:
-        if self._streams.pop(sequence_id, None) is not None:
-            self._cancel_at_engine(sequence_id)
+    def _cancel(self, engine_id: str) -> None:
+        if self._streams.pop(engine_id, None) is not None:
+            self._cancel_at_engine(engine_id)

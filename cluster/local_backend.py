@@ -21,7 +21,7 @@ class LocalBackend:
     def __init__(self, rank: BuiltRank) -> None:
         self._rank = rank
         self._events = asyncio.get_running_loop()
-        self._streams = DeltaStreams(self._cancel)
+        self._streams = DeltaStreams("local", self._cancel)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -30,8 +30,8 @@ class LocalBackend:
         return self._rank.limits
 
     def start(self, sequences: Sequence[SequenceRequest]) -> QueuedDeltas:
-        stream = self._streams.open([sequence.sequence_id for sequence in sequences])
-        for sequence in sequences:
+        stream, renamed = self._streams.open(sequences)
+        for sequence in renamed:
             self._rank.loop.submit(pb.AttachRequest(submit=wire.encode_request(sequence)).SerializeToString())
         return stream
 

@@ -31,7 +31,7 @@ class RankLink:
         self._on_lost = on_lost
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._outgoing: asyncio.Queue[pb.AttachRequest] = asyncio.Queue()
-        self._streams = DeltaStreams(self._cancel)
+        self._streams = DeltaStreams(gateway_id, self._cancel)
         self._reader: asyncio.Task[None] | None = None
 
     @property
@@ -54,9 +54,10 @@ class RankLink:
         return self.limits
 
     def start(self, sequences: Sequence[SequenceRequest]) -> QueuedDeltas:
-        for sequence in sequences:
+        stream, renamed = self._streams.open(sequences)
+        for sequence in renamed:
             self._outgoing.put_nowait(pb.AttachRequest(submit=wire.encode_request(sequence)))
-        return self._streams.open([sequence.sequence_id for sequence in sequences])
+        return stream
 
     def _cancel(self, sequence_id: str) -> None:
         self._outgoing.put_nowait(pb.AttachRequest(cancel=sequence_id))

@@ -165,7 +165,9 @@ def build_app(config: Config, secret: str) -> serve.Application:
         "graceful_shutdown_wait_loop_s": 0.1,
         "graceful_shutdown_timeout_s": drain_s + 10.0,
     }
-    directory = serve.deployment(DirectoryService, name="Directory").options(ray_actor_options=light, **lifecycle).bind()
+    directory = (
+        serve.deployment(DirectoryService, name="Directory").options(ray_actor_options=light, **lifecycle).bind()
+    )
     groups = (
         serve.deployment(GroupService, name="Group")
         .options(
