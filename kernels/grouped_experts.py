@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import silu
 
 from moestro.kernels.linear import Linear, can_pack, make_linear
 
@@ -27,7 +27,7 @@ class GroupedExperts(Protocol):
 def swiglu(gate_up_R2I: Tensor) -> Tensor:
     """``silu(gate) * up`` of a fused product whose first half is the gate."""
     gate_RI, up_RI = gate_up_R2I.chunk(2, -1)
-    return F.silu(gate_RI) * up_RI
+    return silu(gate_RI) * up_RI
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +42,9 @@ class LoopedExperts:
             return x_RD
         counts = counts_L.tolist()
         used = [e for e, count in enumerate(counts) if count]
-        pieces = x_RD.split([counts[e] for e in used])
+        pieces = torch.split_with_sizes(x_RD, [counts[e] for e in used])
         hidden_R2I = torch.cat([self.gate_up_L[e].apply(x) for e, x in zip(used, pieces, strict=True)])
-        pieces = swiglu(hidden_R2I).split([counts[e] for e in used])
+        pieces = torch.split_with_sizes(swiglu(hidden_R2I), [counts[e] for e in used])
         return torch.cat([self.down_L[e].apply(x) for e, x in zip(used, pieces, strict=True)])
 
 

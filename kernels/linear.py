@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 
 class Linear(Protocol):
@@ -36,7 +36,7 @@ class PlainLinear:
         return self.weight_OI.shape[0]
 
     def apply(self, x_TI: Tensor) -> Tensor:
-        return F.linear(x_TI, self.weight_OI, self.bias_O)
+        return functional.linear(x_TI, self.weight_OI, self.bias_O)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@ Legend: T tokens, S sequences, N blocks of the cache, H key/value heads, G query
 head width.
 
 A layer's cache is ``kv_NCbD``: a block is one piece of memory and each head's tile in it another, so that one
-``index_select`` of tiles yields keys and values ready for the product. What depends only on the step (which tiles, which
-keys are masked) is an ``AttentionPlan``, built once a step for all layers that share a block table.
+``index_select`` of tiles yields keys and values ready for the product. What depends only on the step (which tiles,
+which keys are masked) is an ``AttentionPlan``, built once a step for all layers that share a block table.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 _SMALLEST_BUCKET_BLOCKS = 8
 
@@ -199,7 +199,7 @@ def paged_attention(q_TQD: Tensor, kv_TCD: Tensor, kv_NCbD: Tensor, plan: Attent
         kv_2SHLD = kv_2SHLD[:, :, :, group.start : group.stop]
         # The G query heads of a key/value head are G rows of one product: nothing is repeated.
         q_SHGD = q_SQD.reshape(group.num, num_kv_heads, -1, width)
-        out_SHGD = F.scaled_dot_product_attention(
+        out_SHGD = scaled_dot_product_attention(
             q_SHGD, kv_2SHLD[0], kv_2SHLD[1], attn_mask=group.mask_S11L, scale=scale
         )
         out_SQD = out_SHGD.reshape(group.num, num_heads, width)
@@ -215,7 +215,7 @@ def paged_attention(q_TQD: Tensor, kv_TCD: Tensor, kv_NCbD: Tensor, plan: Attent
         else:
             kv_CLD = tiles.index_select(0, span.tiles).view(num_slabs, -1, width)[:, : span.num_keys]
         q_1QTD = q_TQD[span.start : span.stop].transpose(0, 1).unsqueeze(0)
-        out_1QTD = F.scaled_dot_product_attention(
+        out_1QTD = scaled_dot_product_attention(
             q_1QTD,
             kv_CLD[:num_kv_heads].unsqueeze(0),
             kv_CLD[num_kv_heads:].unsqueeze(0),

@@ -6,13 +6,13 @@ Legend: D normalised width; leading dimensions are free.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 
 def rms_norm(x_D: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
     """``x / sqrt(mean(x²) + eps) * weight`` over the last dimension; reduced in fp32, returned in the dtype of x."""
-    return F.rms_norm(x_D, (x_D.shape[-1],), weight_D, eps)
+    return functional.rms_norm(x_D, (x_D.shape[-1],), weight_D, eps)
 
 
 def rms_norm_reference(x_D: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:

@@ -1,7 +1,7 @@
 """The table of architectures: a row per Hugging Face class.
 
-A row says how the fields of ``config.json`` become blocks and how our names of weights become the checkpoint's. Our names
-are those of Llama and Qwen (``model.layers.3.self_attn.q_proj.weight``, ``...mlp.experts.5.gate_proj.weight``).
+A row says how the fields of ``config.json`` become blocks and how our names of weights become the checkpoint's. Our
+names are those of Llama and Qwen (``model.layers.3.self_attn.q_proj.weight``, ``...mlp.experts.5.gate_proj.weight``).
 A new architecture made of known blocks is a new row; one with a new block is a new spec and a block in ``model/``.
 """
 
@@ -164,7 +164,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
 
 
 def parse_config(raw: Mapping[str, object], source: str = "config.json") -> ModelConfig:
-    """The decoder that a ``config.json`` describes. Raises CheckpointError for what cannot be served, with the reason."""
+    """The decoder that a ``config.json`` describes. Raises CheckpointError with the reason why it cannot be served."""
     fields = Fields(raw, source)
     if fields.has("auto_map"):
         raise fields.error("auto_map", "asks for code from the checkpoint to be run; that is never done")

@@ -3,9 +3,9 @@
 Legend: N blocks, C slabs, b tokens per block, D slab width. A layer's cache is ``kv_NCbD``; what the slabs hold is the
 business of the layer's attention block (keys and values of each head here; one slab with a latent for MLA).
 
-Layers with the same window share block tables and are one *group*. Block ids of two groups have nothing to do with each
-other: each group has its own number of blocks. Block 0 is never written: padding in block tables points at it, so it must
-stay finite.
+Layers with the same window share block tables and are one *group*. Block ids of two groups have nothing to do with
+each other: each group has its own number of blocks. Block 0 is never written: padding in block tables points at it, so
+it must stay finite.
 """
 
 from __future__ import annotations

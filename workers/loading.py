@@ -1,7 +1,7 @@
 """From a checkpoint, or from nothing, to a model on a device.
 
-Data is read straight into the tensors that keep it, or through a staging buffer of a few megabytes where dtype, layout or
-device differ. Files are read and not mapped, so that resident memory is what the model keeps.
+Data is read straight into the tensors that keep it, or through a staging buffer of a few megabytes where dtype, layout
+or device differ. Files are read and not mapped, so that resident memory is what the model keeps.
 """
 
 from __future__ import annotations
@@ -176,7 +176,8 @@ class CheckpointSource:
 
     def _read_bytes(self, out: Tensor, info: TensorInfo, offset: int) -> None:
         """Fills contiguous memory from the file."""
-        left = memoryview(out.view(-1).view(torch.uint8).numpy())
+        buffer: Any = out.view(-1).view(torch.uint8).numpy()
+        left = memoryview(buffer)
         file = self._open(info.file)
         while left:
             num_read = os.preadv(file.fileno(), [left], offset)

@@ -1,7 +1,7 @@
 """The header of a safetensors file, believed only after it has been checked.
 
-A file is an unsigned 64-bit length, that many bytes of JSON, and the data. Each tensor names its dtype, shape and a range of
-the data; the ranges must tile the data exactly.
+A file is an unsigned 64-bit length, that many bytes of JSON, and the data. Each tensor names its dtype, shape and a
+range of the data; the ranges must tile the data exactly.
 """
 
 from __future__ import annotations
@@ -88,18 +88,20 @@ def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorInfo
 
     if not isinstance(entry, dict):
         raise refuse("its header entry is not an object")
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    dtype, shape, offsets = entry.get("dtype"), _sizes(entry.get("shape")), _sizes(entry.get("data_offsets"))
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
         raise refuse(f"unknown dtype {dtype!r}")
-    if not _sizes(shape):
-        raise refuse(f"shape must be a list of sizes, not {shape!r}")
-    if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise refuse(f"data_offsets must be [begin, end], not {offsets!r}")
+    if shape is None:
+        raise refuse(f"shape must be a list of sizes, not {entry.get('shape')!r}")
+    if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise refuse(f"data_offsets must be [begin, end], not {entry.get('data_offsets')!r}")
     num_bytes = math.prod(shape) * _ITEM_BYTES[dtype]
     if offsets[1] - offsets[0] != num_bytes:
         raise refuse(f"{dtype} of shape {shape} takes {num_bytes} bytes, data_offsets {offsets} say otherwise")
     return TensorInfo(path, dtype, tuple(shape), data_start + offsets[0], num_bytes)
 
 
-def _sizes(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value)
+def _sizes(value: object) -> list[int] | None:
+    if not isinstance(value, list) or any(isinstance(v, bool) or not isinstance(v, int) or v < 0 for v in value):
+        return None
+    return value

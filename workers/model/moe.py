@@ -2,8 +2,8 @@
 
 Legend: T tokens, t this rank's share of them, M model width, K experts per token, E experts.
 
-With tensor parallelism all ranks of a set hold the same tokens. Each routes its own contiguous share of them, so that no
-row crosses the wire twice, and the results are gathered within the set.
+With tensor parallelism all ranks of a set hold the same tokens. Each routes its own contiguous share of them, so that
+no row crosses the wire twice, and the results are gathered within the set.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Token embedding and LM head, split over the vocabulary.
 
-Legend: T tokens, R rows whose logits are wanted, M model width, V vocabulary, v this rank's share of it (padded, so that
-all shares are equal).
+Legend: T tokens, R rows whose logits are wanted, M model width, V vocabulary, v this rank's share of it (padded, so
+that all shares are equal).
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from moestro.kernels.linear import Linear, PlainLinear, make_linear
 from moestro.router.parallel import TensorParallel
@@ -28,10 +28,10 @@ class Embedding:
     def forward(self, token_ids_T: Tensor) -> Tensor:
         """x_TM. Collective within the tensor-parallel set."""
         if self.tp.size == 1:
-            return F.embedding(token_ids_T, self.weight_vM)
+            return embedding(token_ids_T, self.weight_vM)
         local_T = token_ids_T - self.first
         here_T = (local_T >= 0) & (local_T < self.weight_vM.shape[0])
-        x_TM = F.embedding(local_T.where(here_T, 0), self.weight_vM)
+        x_TM = embedding(local_T.where(here_T, 0), self.weight_vM)
         return self.tp.sum(x_TM * here_T.unsqueeze(1))
 
 
