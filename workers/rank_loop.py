@@ -72,10 +72,10 @@ class RankLoop:
             agreement = lockstep.agree(plan.num_tokens)
             if agreement.stop:
                 return
-            deltas = engine.run(plan, self._clock) if agreement.any_work else engine.skip(plan, now)
+            deltas = engine.skip(plan, now) if agreement.idle else engine.run(plan, self._clock)
             if deltas or refusals:
                 publish(StepOutput(deltas, refusals, engine.load()))
-            if not agreement.any_work:
+            if agreement.idle:
                 lockstep.sleep()
 
     def _take_in(self, messages: list[bytes], now: float) -> list[tuple[str, str]]:

@@ -27,7 +27,7 @@ from moestro.cluster.directory import Directory, GroupEntry, RankEntry
 from moestro.cluster.gateway import Gateway
 from moestro.cluster.serving.rank_actor import Rank, RankPlace
 from moestro.cluster.serving.specs import rank_resources, rank_spec
-from moestro.workers.rank_setup import StoreHost
+from moestro.router.mesh import serve_store
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class GroupService:
         )
         self._entry = GroupEntry(name, spec.shape.dp, spec.shape.tp, epoch, entries)
         host = ray.util.get_node_ip_address() if config.cluster.ray_address else "127.0.0.1"
-        self._store = StoreHost(host)
+        self._store, store_address = serve_store(host)
         placement = ray.util.get_current_placement_group()
         self._actors = [
             ray.remote(Rank)
@@ -92,7 +92,7 @@ class GroupService:
                 scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=rank + 1),
                 **rank_resources(config),
             )
-            .remote(spec, RankPlace(name, rank, epoch, self._store.address, bool(config.cluster.ray_address), secret))
+            .remote(spec, RankPlace(name, rank, epoch, store_address, not bool(config.cluster.ray_address), secret))
             for rank in range(spec.shape.world_size)
         ]
         starting = asyncio.gather(*(actor.start.remote() for actor in self._actors))

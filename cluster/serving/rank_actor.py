@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -16,8 +16,11 @@ import ray
 from moestro.cluster.directory import RankEntry, RankState
 from moestro.cluster.ranks.server import CHANNEL_OPTIONS, RankServer
 from moestro.protos.gen import rank_pb2_grpc
+from moestro.protos.sequences import EngineLoad
+from moestro.router.mesh import StoreAddress
+from moestro.workers.loading import Progress
 from moestro.workers.rank_loop import RankLoop, StepOutput
-from moestro.workers.rank_setup import Address, RankSpec, build_rank
+from moestro.workers.rank_setup import GroupPlace, RankSpec, build_rank
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +32,7 @@ class RankPlace:
     group: str
     rank: int
     epoch: int
-    store: Address
+    store: StoreAddress
     on_loopback: bool  # the cluster is this machine alone: nothing listens to the outside
     secret: str
 
@@ -45,16 +48,15 @@ class Rank:
         self._loop: RankLoop | None = None
         self._server: grpc.aio.Server | None = None
         self._thread: threading.Thread | None = None
-        self._num_busy = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     def __repr__(self) -> str:
         return f"{self._place.group} rank {self._place.rank}"
 
     async def start(self) -> RankEntry:
         """Joins the group, loads the model, opens the server. Collective: every rank of the group starts at once."""
-        built = await asyncio.to_thread(
-            build_rank, self._spec, self._place.rank, self._place.store, self._place.epoch, self._progress
-        )
+        built = await asyncio.to_thread(build_rank, self._spec, self._group_place(), self._progress)
         self._loop = built.loop
         address = ""
         publish: Callable[[StepOutput], None] = self._ignore
@@ -63,13 +65,12 @@ class Rank:
             rank_server = RankServer(built.loop.submit, built.limits, self._place.secret, self._place.epoch)
             self._server = grpc.aio.server(options=CHANNEL_OPTIONS)
             rank_pb2_grpc.add_RankServiceServicer_to_server(rank_server, self._server)
-            host = "127.0.0.1" if self._place.on_loopback else ray.util.get_node_ip_address()
-            port = self._server.add_insecure_port(f"{host}:0")
+            port = self._server.add_insecure_port(f"{self._host()}:0")
             await self._server.start()
-            address = f"{host}:{port}"
+            address = f"{self._host()}:{port}"
 
             def publish(output: StepOutput) -> None:
-                self._num_busy = output.load.num_running + output.load.num_waiting
+                events.call_soon_threadsafe(self._note, output.load)
                 events.call_soon_threadsafe(rank_server.publish, output.deltas, output.refusals, output.load)
 
         self._thread = threading.Thread(target=self._run, args=(publish,), name="engine", daemon=True)
@@ -91,9 +92,8 @@ class Rank:
 
     async def drain(self, seconds: float) -> None:
         """Waits until nothing runs here, or the time is up."""
-        until = time.monotonic() + seconds
-        while self._num_busy and time.monotonic() < until:
-            await asyncio.sleep(0.05)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), seconds)
 
     async def stop(self) -> None:
         """Ends the engine of the whole group, then this rank's server."""
@@ -112,8 +112,20 @@ class Rank:
             log.exception("%r: the engine died", self)
             self._failure = f"{type(error).__name__}: {error}"
 
-    def _progress(self, loaded_bytes: int, total_bytes: int) -> None:
-        self._entry = replace(self._entry, loaded_bytes=loaded_bytes, total_bytes=total_bytes)
+    def _group_place(self) -> GroupPlace:
+        return GroupPlace(self._place.rank, self._place.epoch, self._place.store, self._host())
+
+    def _host(self) -> str:
+        return "127.0.0.1" if self._place.on_loopback else ray.util.get_node_ip_address()
+
+    def _progress(self, progress: Progress) -> None:
+        self._entry = replace(self._entry, loaded_bytes=progress.bytes_done, total_bytes=progress.bytes_total)
+
+    def _note(self, load: EngineLoad) -> None:
+        if load.num_running or load.num_waiting:
+            self._idle.clear()
+        else:
+            self._idle.set()
 
     @staticmethod
     def _ignore(output: StepOutput) -> None:
