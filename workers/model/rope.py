@@ -2,10 +2,10 @@
 
 Legend: T tokens, h half of the rotated width.
 
-Dynamic scaling and a paged cache: transformers picks one base per call, from the longest position in it. Here a token's
-base follows from its *own* position alone, so that keys in the cache never depend on how a prompt was cut into chunks or
-on what else was in the batch. Tokens decoded one by one get the same base either way; the two differ for a prompt that
-is itself longer than ``max_position``.
+Dynamic scaling and a paged cache: transformers picks one base per call, from the longest position in it. Here a
+token's base follows from its *own* position alone, so that keys in the cache never depend on how a prompt was cut into
+chunks or on what else was in the batch. Tokens decoded one by one get the same base either way; the two differ for a
+prompt that is itself longer than ``max_position``.
 """
 
 from __future__ import annotations
