@@ -149,19 +149,18 @@ class Scheduler:
             sequence = running[index]
             if urgent is not None and urgent < sequence.priority:
                 is_open = self._admit(index, now)
-                if is_open:
-                    is_open = self._serve(index, decodes, longer)
-                    index += 1
                 urgent = self._waiting[0].priority if is_open and self._waiting else None
-                continue
+                if not is_open:
+                    continue  # look at the same sequence again, if it still runs
+                sequence = running[index]
             start = sequence.num_computed
             if start < sequence.quiet_until and len(sequence.token_ids) - start == 1:  # nearly all, nearly always
                 decodes.append(Span(sequence, start, 1, True))
-            elif not self._serve(index, decodes, longer):
-                is_open, urgent = False, None  # blocks are short: nobody comes in
+            else:
+                self._serve(index, decodes, longer)
             index += 1
         while is_open and self._admit(len(running), now):
-            is_open = self._serve(len(running) - 1, decodes, longer)
+            self._serve(len(running) - 1, decodes, longer)
         num_tokens = len(decodes) + sum(span.length for span in longer)
         plan = StepPlan((*decodes, *longer), len(decodes), num_tokens, now)
         self._in_flight = plan
@@ -266,11 +265,9 @@ class Scheduler:
 
     # Inside a step.
 
-    def _serve(self, index: int, decodes: list[Span], longer: list[Span]) -> bool:
-        """Plans what the budget and the pools allow of the sequence at ``index``, or preempts it. False if a sequence
-        had to give way."""
+    def _serve(self, index: int, decodes: list[Span], longer: list[Span]) -> None:
+        """Plans what the budget and the pools allow of the sequence at ``index``, or preempts it."""
         sequence = self._running[index]
-        num_running = len(self._running)
         start, known = sequence.num_computed, len(sequence.token_ids)
         end = min(known, start + 1 + self._spare)
         if end > sequence.capacity:
@@ -279,14 +276,13 @@ class Scheduler:
                 is_last = len(self._running) == index + 1
                 self._preempt_last()
                 if is_last:
-                    return False
+                    return
             end = min(end, reachable)
             self._tables.extend(sequence, end)
         self._tables.commit(sequence, end)
         self._spare -= end - start - 1
         span = Span(sequence, start, end - start, end == known)
         (decodes if end - start == 1 else longer).append(span)
-        return len(self._running) == num_running
 
     def _admit(self, index: int, now: float) -> bool:
         """Moves the first waiting sequence to ``index`` of the running ones, if budget, slots and blocks allow; those
