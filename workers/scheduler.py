@@ -72,26 +72,17 @@ class Scheduler:
     def check(self, request: SequenceRequest) -> str | None:
         """Why a sequence could never be served here, or None. ``max_tokens`` beyond the context is no reason: the
         sequence ends with LENGTH where the context does."""
-        num_prompt, num_output = len(request.prompt_ids), len(request.output_ids)
-        if num_prompt == 0:
-            return "prompt_ids must hold at least 1 token, not 0"
-        if num_prompt + num_output + 1 > self.context_limit:
-            return (
-                f"prompt_ids and output_ids hold {num_prompt + num_output} tokens; with one more that exceeds "
-                f"the context of {self.context_limit} tokens"
-            )
-        if num_output >= request.sampling.max_tokens:
-            return f"output_ids hold {num_output} tokens, but max_tokens is {request.sampling.max_tokens}"
-        return None
+        refusal = self._refusal(request)
+        return None if refusal is None else str(refusal)
 
     def add(self, request: SequenceRequest, now: float) -> None:
-        """Takes a sequence in. Raises Overloaded when ``max_waiting`` sequences wait, ContextOverflow where ``check``
-        has a reason, InvalidRequest on an id that is in use; nothing has changed then."""
+        """Takes a sequence in. Raises Overloaded when ``max_waiting`` sequences wait, InvalidRequest where ``check``
+        has a reason (ContextOverflow if it is the context) or the id is in use; nothing has changed then."""
         if request.sequence_id in self._by_id:
             raise InvalidRequest([FieldViolation("sequence_id", f"{request.sequence_id!r} is in use")])
-        reason = self.check(request)
-        if reason is not None:
-            raise ContextOverflow([FieldViolation("prompt_ids", reason)])
+        refusal = self._refusal(request)
+        if refusal is not None:
+            raise refusal
         if len(self._waiting) >= self.config.max_waiting:
             raise Overloaded(f"{len(self._waiting)} sequences wait; max_waiting is {self.config.max_waiting}")
         sequence = SequenceState(request, self._num_arrivals, self.context_limit, len(self._pools), now)
@@ -158,19 +149,18 @@ class Scheduler:
             sequence = running[index]
             if urgent is not None and urgent < sequence.priority:
                 is_open = self._admit(index, now)
-                if is_open:
-                    is_open = self._serve(index, decodes, longer)
-                    index += 1
                 urgent = self._waiting[0].priority if is_open and self._waiting else None
-                continue
+                if not is_open:
+                    continue  # look at the same sequence again, if it still runs
+                sequence = running[index]
             start = sequence.num_computed
             if start < sequence.quiet_until and len(sequence.token_ids) - start == 1:  # nearly all, nearly always
                 decodes.append(Span(sequence, start, 1, True))
-            elif not self._serve(index, decodes, longer):
-                is_open, urgent = False, None  # blocks are short: nobody comes in
+            else:
+                self._serve(index, decodes, longer)
             index += 1
         while is_open and self._admit(len(running), now):
-            is_open = self._serve(len(running) - 1, decodes, longer)
+            self._serve(len(running) - 1, decodes, longer)
         num_tokens = len(decodes) + sum(span.length for span in longer)
         plan = StepPlan((*decodes, *longer), len(decodes), num_tokens, now)
         self._in_flight = plan
@@ -260,13 +250,24 @@ class Scheduler:
                 assert samples == (start + length == len(s.token_ids)), f"{s}: samples is {samples}"
         self._tables.check_integrity(running)
 
+    def _refusal(self, request: SequenceRequest) -> InvalidRequest | None:
+        num_prompt, num_output = len(request.prompt_ids), len(request.output_ids)
+        max_tokens = request.sampling.max_tokens
+        if num_prompt == 0:
+            return InvalidRequest([FieldViolation("prompt_ids", "must hold at least 1 token, not 0")])
+        if num_prompt + num_output + 1 > self.context_limit:
+            bound = f"must leave room for 1 more token in a context of {self.context_limit}"
+            return ContextOverflow([FieldViolation("prompt_ids", f"{bound}, not hold {num_prompt + num_output}")])
+        if num_output >= max_tokens:
+            bound = f"must hold fewer than max_tokens ({max_tokens}) tokens, not {num_output}"
+            return InvalidRequest([FieldViolation("output_ids", bound)])
+        return None
+
     # Inside a step.
 
-    def _serve(self, index: int, decodes: list[Span], longer: list[Span]) -> bool:
-        """Plans what the budget and the pools allow of the sequence at ``index``, or preempts it. False if a sequence
-        had to give way."""
+    def _serve(self, index: int, decodes: list[Span], longer: list[Span]) -> None:
+        """Plans what the budget and the pools allow of the sequence at ``index``, or preempts it."""
         sequence = self._running[index]
-        num_running = len(self._running)
         start, known = sequence.num_computed, len(sequence.token_ids)
         end = min(known, start + 1 + self._spare)
         if end > sequence.capacity:
@@ -275,14 +276,13 @@ class Scheduler:
                 is_last = len(self._running) == index + 1
                 self._preempt_last()
                 if is_last:
-                    return False
+                    return
             end = min(end, reachable)
             self._tables.extend(sequence, end)
         self._tables.commit(sequence, end)
         self._spare -= end - start - 1
         span = Span(sequence, start, end - start, end == known)
         (decodes if end - start == 1 else longer).append(span)
-        return len(self._running) == num_running
 
     def _admit(self, index: int, now: float) -> bool:
         """Moves the first waiting sequence to ``index`` of the running ones, if budget, slots and blocks allow; those
@@ -293,9 +293,9 @@ class Scheduler:
         sequence = self._waiting[0]
         num_found = self._tables.find_prefix(sequence)
         victims = self._running[index:]
-        if victims and not self._fits(sequence, num_found, victims):
+        if victims and not self._fits(sequence, index, num_found, victims):
             return False
-        while not self._fits(sequence, num_found, ()):
+        while not self._fits(sequence, index, num_found, ()):
             if len(self._running) == index:
                 return False
             self._preempt_last()
@@ -310,13 +310,13 @@ class Scheduler:
         self._tables.hold(sequence, self._reservation.num_tokens(sequence), num_found)
         return True
 
-    def _fits(self, sequence: SequenceState, num_found: int, victims: Sequence[SequenceState]) -> bool:
-        """Whether there is a slot and blocks, were ``victims`` gone."""
-        num_others = len(self._running) - len(victims)
-        if num_others >= self.config.max_num_sequences:
+    def _fits(self, sequence: SequenceState, index: int, num_found: int, victims: Sequence[SequenceState]) -> bool:
+        """Whether there is a slot and blocks, were ``victims`` gone. The ``index`` sequences before it may count on the
+        blocks that the policy wants to stay free; those after it may not."""
+        if len(self._running) - len(victims) >= self.config.max_num_sequences:
             return False
         num_tokens = self._reservation.num_tokens(sequence)
-        return self._tables.fits(sequence, num_tokens, num_found, self._reservation.num_spare(num_others), victims)
+        return self._tables.fits(sequence, num_tokens, num_found, self._reservation.num_spare(index), victims)
 
     def _preempt_last(self) -> None:
         """The last running sequence gives back its blocks and its token of this step, keeps all its tokens, and waits

@@ -15,12 +15,12 @@ class Reservation(NamedTuple):
     """What a sequence must be given before it starts."""
 
     num_tokens: Callable[[SequenceState], int]  # tokens whose blocks it holds from the start, full attention only
-    num_spare: Callable[[int], int]  # blocks that must stay free, given how many others run
+    num_spare: Callable[[int], int]  # blocks that must stay free, given how many run before it
 
 
-# A block for each who runs: an admission is then not undone within the next block_size steps.
-_PAGED = Reservation(lambda sequence: len(sequence.token_ids), lambda num_others: num_others)
-_MAX_LENGTH = Reservation(lambda sequence: sequence.max_known, lambda num_others: 0)
+# A block for each: an admission is then not undone within the next block_size steps.
+_PAGED = Reservation(lambda sequence: len(sequence.token_ids), lambda num_before: num_before)
+_MAX_LENGTH = Reservation(lambda sequence: sequence.max_known, lambda num_before: 0)
 
 RESERVATIONS: Mapping[str, Reservation] = {"paged": _PAGED, "max_length": _MAX_LENGTH}
 
