@@ -11,8 +11,8 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from moestro.cluster.bench.metrics import Metrics
 from moestro.cluster.bench.headline import read_numbers
+from moestro.cluster.bench.metrics import Metrics
 from moestro.cluster.bench.plan import Setting
 from moestro.cluster.bench.records import RequestRecord
 from moestro.cluster.bench.summaries import Spread, spread_over_rounds

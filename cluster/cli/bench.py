@@ -95,8 +95,9 @@ def bench(
 ) -> None:
     """Measure a running server: latency, throughput and goodput under a described load.
 
-    Latencies of an open loop (--rate) count from the moment a request was due. Without --rate, a fixed number of
-    requests is kept in flight, which measures throughput but hides queueing.
+    Latencies of an open loop (--rate) count from when a request was due.
+    Without --rate, a fixed number of requests is kept in flight (--concurrency):
+    that measures throughput but hides queueing.
     """
     try:
         base = _load("--compare", compare) if compare is not None else None
@@ -104,7 +105,7 @@ def bench(
         if show is not None:
             report = _load("--show", show)
         else:
-            recorded = parse_trace("--trace", _lines("--trace", trace)) if trace is not None else None
+            recorded = parse_trace("--trace", _read("--trace", trace).splitlines()) if trace is not None else None
             load = choose_load(rate, cv, concurrency, recorded)
             duration_s = options.seconds("--duration", duration) if duration is not None else None
             plan = Plan(
