@@ -65,7 +65,7 @@ def test_json_is_strict_and_says_what_it_is():
 def test_records_are_left_out_on_demand():
     slim = from_json("--show", to_json(make(), with_records=False))
     assert [r.records for r in slim.rounds] == [None, None]
-    assert slim.rounds[0].metrics == make().rounds[0].metrics
+    assert slim.over_rounds == make().over_rounds
 
 
 @pytest.mark.parametrize(
@@ -122,6 +122,17 @@ def test_a_sound_round_has_no_notes():
 def test_reasons_for_doubt_are_said(records, delays, note):
     notes = find_notes(compute_metrics(records, loop_delays_s=delays))
     assert any(note in text for text in notes), notes
+
+
+def test_a_busy_client_is_said():
+    notes = find_notes(compute_metrics(GOOD, client_cpu_s=9.5))
+    assert notes == ["the load generator used 0.95 cores: it may be what limits the throughput"]
+
+
+def test_an_early_end_is_no_reason_for_doubt_when_the_model_may_end():
+    metrics = compute_metrics([*GOOD, record(100, 10.0, 10.0, asked_tokens=2)])
+    assert metrics.short == 1
+    assert find_notes(metrics, exact_lengths=False) == []
 
 
 def test_comparison_of_medians_with_a_verdict_only_when_ranges_are_apart():

@@ -6,12 +6,13 @@ import pytest
 from tests.bench.virtual_time import run_virtual
 
 from moestro.cluster.bench.arrivals import Burst, ClosedLoop, Extent, OpenLoop, Replay
-from moestro.cluster.bench.fake import FakeTarget, steady
+from moestro.cluster.bench.fake import FakeTarget, Step, steady
 from moestro.cluster.bench.lengths import parse_lengths
 from moestro.cluster.bench.plan import Plan, choose_extent, choose_load
 from moestro.cluster.bench.report import Report
 from moestro.cluster.bench.run import run_plan
 from moestro.cluster.bench.slo import Slo
+from moestro.cluster.bench.target import Chunk, TargetError
 from moestro.cluster.bench.trace import Trace
 from moestro.protos.errors import ConfigError
 
@@ -67,6 +68,19 @@ def test_warm_up_is_sent_first_and_counted_nowhere():
     assert phases == [("warm-up", 5), ("round 1 of 2", 20), ("warm-up", 5), ("round 2 of 2", 20)]
     assert len({r.prompt for r in target.started}) == 50, "a prompt of the warm-up must not come again"
     assert report.rounds[0].records[0].index == 0
+
+
+def test_failures_of_the_warm_up_are_said():
+    calls = []
+
+    def first_three_fail(request) -> list[Step]:
+        calls.append(request)
+        return [Step(0.1, TargetError("UNAVAILABLE", "starting") if len(calls) <= 3 else Chunk(request.output_tokens))]
+
+    report = run_virtual(run_plan(plan(warmup=5), FakeTarget(first_three_fail)))
+    assert report.rounds[0].warmup_errors == {"UNAVAILABLE": 3}
+    assert report.rounds[0].metrics.errors == {}
+    assert "3 requests of the warm-up failed with UNAVAILABLE" in report.notes
 
 
 @pytest.mark.parametrize(
