@@ -49,12 +49,12 @@ def test_times_are_those_the_server_took():
     first = [r.ttft_s for r in run.records]
     gaps = [gap for r in run.records for gap in r.itl_s()]
     assert min(first) > TTFT_S - GRAIN_S
-    assert TTFT_S - GRAIN_S < statistics.median(first) < TTFT_S + 0.03
+    assert TTFT_S - GRAIN_S < statistics.median(first) < TTFT_S + 0.06
     assert len(gaps) == 40
-    assert ITL_S - GRAIN_S < statistics.median(gaps) < ITL_S + 0.015
+    assert ITL_S - GRAIN_S < statistics.median(gaps) < ITL_S + 0.03
     for r in run.records:
         whole = TTFT_S + 5 * ITL_S
-        assert whole - GRAIN_S < r.e2e_s < whole + 0.3
+        assert whole - GRAIN_S < r.e2e_s < whole + 1.0
         assert r.tpot_s == pytest.approx(sum(r.itl_s()) / 5)
 
 
@@ -145,4 +145,4 @@ def test_a_whole_benchmark(load):
     assert (m.completed, m.input_tokens, m.output_tokens) == (12, 240, 36)
     assert all(token < VOCAB_SIZE for seen in service.requests for token in seen.token_ids.ids)
     assert m.ttft_s is not None
-    assert TTFT_S - GRAIN_S < m.ttft_s.p50 < TTFT_S + 0.04
+    assert TTFT_S - GRAIN_S < m.ttft_s.p50 < TTFT_S + 0.1

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moestro.cluster.bench.lengths import parse_lengths
@@ -49,6 +49,7 @@ def test_lognormal_is_given_by_the_moments_of_the_lengths(cv, seed):
     assert abs(np.median(x) / (1000 / math.sqrt(1 + cv**2)) - 1) < 0.05, f"seed {seed}"
 
 
+@settings(deadline=None)
 @given(
     mean=st.integers(1, 2000),
     cv=st.floats(0, 5),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moestro.cluster.bench.metrics import compute_metrics
@@ -14,6 +14,7 @@ from moestro.cluster.bench.slo import Slo
 from moestro.cluster.bench.summaries import Spread, spread_over_rounds, summarize
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=300))
 def test_quantiles_agree_with_the_standard_library(values):
     summary = summarize(values)
@@ -67,6 +68,7 @@ def test_tokens_that_come_with_the_first_have_no_gap():
     assert record(0, 0.0, 0.0, (1.0, 2.0), (3, 2)).itl_s() == [0.0, 0.0, 1.0, 0.0]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0.001, 1), st.integers(1, 5)), min_size=1, max_size=30))
 def test_gaps_are_one_a_token_and_add_up(messages):
     times, now = [], 0.0

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from tests.bench.virtual_time import run_virtual
@@ -179,6 +179,7 @@ def test_the_comparison_shows_ratio_and_differences():
     assert "differs: load" in text
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=50))
 def test_cdf_is_the_share_at_or_below(values):
     x, share = cdf(values)

@@ -8,7 +8,7 @@ from tests.bench.virtual_time import run_virtual
 from moestro.cluster.bench.arrivals import Burst, ClosedLoop, Extent, OpenLoop, Replay
 from moestro.cluster.bench.fake import FakeTarget, Step, steady
 from moestro.cluster.bench.lengths import parse_lengths
-from moestro.cluster.bench.plan import Plan, choose_extent, choose_load
+from moestro.cluster.bench.plan import Plan, choose_extent, choose_lengths, choose_load
 from moestro.cluster.bench.report import Report
 from moestro.cluster.bench.run import run_plan
 from moestro.cluster.bench.slo import Slo
@@ -132,9 +132,20 @@ def test_the_load_that_options_mean():
     assert choose_extent(None, 5.0, OpenLoop(1.0)) == Extent(None, 5.0)
 
 
+def test_the_lengths_that_options_mean():
+    assert choose_lengths(None, None, None, False) == (parse_lengths("", "128"), parse_lengths("", "64"))
+    assert choose_lengths("5", "6", None, False) == (parse_lengths("", "5"), parse_lengths("", "6"))
+    assert choose_lengths(None, None, TRACE, False) == ((1, 2), (3, 4))
+    assert choose_lengths(None, None, TRACE, True) == (None, (3, 4))
+    assert choose_lengths(None, "7", None, True) == (None, parse_lengths("", "7"))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: choose_lengths("5", None, TRACE, False), "--input and --trace exclude each other, got '5'"),
+        (lambda: choose_lengths("5", None, None, True), "--input and --prompts exclude each other, got '5'"),
+        (lambda: choose_lengths(None, "5", TRACE, False), "--output and --trace exclude each other, got '5'"),
         (lambda: choose_load(3.0, 1.0, 4, None), "--rate and --concurrency exclude each other, got 3 and 4"),
         (lambda: choose_load(None, 2.0, None, None), "--cv needs --rate, got 2"),
         (lambda: choose_load(float("nan"), 1.0, None, None), "--rate .* got nan"),

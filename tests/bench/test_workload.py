@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moestro.cluster.bench.arrivals import Extent, OpenLoop, arrival_times
 from moestro.cluster.bench.lengths import parse_lengths
 from moestro.cluster.bench.seeds import round_seed
 from moestro.cluster.bench.slo import Slo, parse_slo
@@ -16,6 +17,9 @@ from moestro.cluster.bench.trace import parse_trace
 from moestro.cluster.bench.workload import RandomPrompts, TextPrompts, Workload, check_context, sample_lengths
 from moestro.protos.errors import ConfigError
 
+GOLDEN = ((45, 23, 1, 36), 16, 35, 5578743731182594264)
+GOLDEN_ARRIVALS = (0.596173088, 1.266413344, 1.692200571)
+GOLDEN_ROUND = 7764645870245362157
 OUTPUT = parse_lengths("--output", "lognormal:mean=30,cv=1")
 
 
@@ -31,6 +35,15 @@ def test_a_request_does_not_depend_on_those_before(seed, order):
     assert {i: random_workload(seed).request(i) for i in order} == dict(enumerate(straight))
     assert all(0 <= token < 50 for r in straight for token in r.prompt)
     assert all(r.input_tokens == len(r.prompt) for r in straight)
+
+
+def test_workloads_recorded_before_stay_what_they_were():
+    """Golden: a saved report names a seed, and that seed must keep meaning the same requests. A change here (ours or
+    numpy's) makes saved reports incomparable, and needs a new report format."""
+    r = random_workload(7).request(3)
+    assert (r.prompt[:4], r.input_tokens, r.output_tokens, r.seed) == GOLDEN
+    assert arrival_times(OpenLoop(2.0), Extent(3), 7) == pytest.approx(GOLDEN_ARRIVALS)
+    assert round_seed(7, 1) == GOLDEN_ROUND
 
 
 def test_seeds_and_numbers_tell_requests_apart():
