@@ -15,6 +15,7 @@ from moestro.cluster.bench import options
 from moestro.cluster.bench.seeds import Stream, generator
 from moestro.protos.errors import ConfigError
 
+_EVEN_CV = 1e-6  # below it a gamma's shape overflows, and its gaps are equal to six digits anyway
 MOST_REQUESTS = 1_000_000  # a round keeps every timeline in memory
 
 
@@ -116,7 +117,7 @@ def _endless(load: Scheduled, seed: int) -> Iterator[float]:
 
 
 def _gaps(rate: float, cv: float, seed: int) -> Iterator[float]:
-    if cv == 0:
+    if cv < _EVEN_CV:
         while True:
             yield 1 / rate
     rng = generator(seed, Stream.ARRIVAL)

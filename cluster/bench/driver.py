@@ -6,6 +6,7 @@ The clock is the running event loop's, so a test that brings a loop with a clock
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class RoundRun:
 
     records: tuple[RequestRecord, ...]
     loop_delays_s: tuple[float, ...]
+    cpu_s: float  # processor time of this whole process during the round
 
 
 async def run_scheduled(
@@ -83,7 +85,7 @@ class _Recorder:
     def __init__(self, target: Target, timeout_s: float, on_record: OnRecord | None) -> None:
         self._target, self._timeout_s, self._on_record = target, timeout_s, on_record
         self._clock = asyncio.get_running_loop().time
-        self._start_s = self._clock()
+        self._start_s, self._start_cpu_s = self._clock(), time.process_time()
         self._records: list[RequestRecord] = []
 
     def now(self) -> float:
@@ -136,7 +138,8 @@ class _Recorder:
         return record
 
     def result(self, probe: _Probe) -> RoundRun:
-        return RoundRun(tuple(sorted(self._records, key=lambda r: r.index)), tuple(probe.delays_s))
+        records = tuple(sorted(self._records, key=lambda r: r.index))
+        return RoundRun(records, tuple(probe.delays_s), time.process_time() - self._start_cpu_s)
 
 
 class _Probe:

@@ -81,6 +81,7 @@ class Metrics:
     arrivals: Arrivals
     client_lag_s: Summary | None  # how late requests were sent; None in a closed loop
     loop_delay_s: Summary | None  # how late the client's own event loop woke up
+    client_cores: float | None  # processor time of the client's process per second of the round
     mean_in_flight: float
     peak_in_flight: int
     server: ServerSide | None
@@ -93,9 +94,11 @@ def compute_metrics(
     asked_per_s: float | None = None,
     scheduled_load: bool = True,
     loop_delays_s: Sequence[float] = (),
+    client_cpu_s: float | None = None,
 ) -> Metrics:
     """The metrics of one round. ``scheduled_load`` is False for a closed loop, where nothing was due at a set time;
-    ``loop_delays_s`` are the delays of the client's event loop, sampled through the round."""
+    ``loop_delays_s`` are the delays of the client's event loop, sampled through the round, and ``client_cpu_s`` the
+    processor time its process used."""
     done = [r for r in records if r.error is None]
     failed = [r for r in records if r.error is not None]
     duration_s = max((r.done_s for r in records), default=0.0)
@@ -130,6 +133,7 @@ def compute_metrics(
         arrivals=_arrivals(records, asked_per_s, scheduled_load),
         client_lag_s=summarize([r.client_lag_s for r in records]) if scheduled_load else None,
         loop_delay_s=summarize(loop_delays_s),
+        client_cores=_per_second(client_cpu_s, duration_s) if client_cpu_s is not None else None,
         mean_in_flight=_per_second(sum(end - start for start, end in in_flight), duration_s),
         peak_in_flight=_peak(in_flight),
         server=_server_side(done),

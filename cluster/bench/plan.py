@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from moestro.cluster.bench import options
 from moestro.cluster.bench.arrivals import MOST_REQUESTS, Burst, ClosedLoop, Extent, Load, OpenLoop, Replay
-from moestro.cluster.bench.lengths import Lengths
+from moestro.cluster.bench.lengths import Lengths, parse_lengths
 from moestro.cluster.bench.slo import Slo
 from moestro.cluster.bench.target import TargetInfo
 from moestro.cluster.bench.trace import Trace
@@ -86,6 +86,23 @@ def choose_load(rate: float | None, cv: float, concurrency: int | None, trace: T
     if concurrency is None and trace is not None and trace.arrivals_s is not None:
         return Replay(trace.arrivals_s)
     return ClosedLoop(4 if concurrency is None else concurrency)
+
+
+def choose_lengths(
+    input_text: str | None, output_text: str | None, trace: Trace | None, has_lines: bool
+) -> tuple[LengthSource | None, LengthSource]:
+    """Prompt lengths (None: prompts are lines of text) and output lengths that the options mean; 128 and 64 tokens
+    when they do not say. Raises ConfigError when two of them say the same thing."""
+    if input_text is not None and (has_lines or trace is not None):
+        raise ConfigError(
+            f"--input and {'--prompts' if has_lines else '--trace'} exclude each other, got {input_text!r}"
+        )
+    if output_text is not None and trace is not None:
+        raise ConfigError(f"--output and --trace exclude each other, got {output_text!r}")
+    if trace is not None:
+        return None if has_lines else trace.input_tokens, trace.output_tokens
+    output = parse_lengths("--output", output_text or "64")
+    return None if has_lines else parse_lengths("--input", input_text or "128"), output
 
 
 def choose_extent(num_requests: int | None, duration_s: float | None, load: Load) -> Extent:

@@ -26,9 +26,9 @@ def tokens_over_time(records: Sequence[RequestRecord], width_s: float) -> tuple[
     """Left edges of windows of ``width_s`` seconds from the start of the round, and output tokens/s in each."""
     times = [time for r in records for time in r.message_times_s]
     weights = [tokens for r in records for tokens in r.message_tokens]
-    edges = np.arange(0, int(max(times, default=0.0) / width_s) + 2) * width_s
-    counted, _ = np.histogram(times, bins=edges, weights=weights)
-    return edges[:-1], counted / width_s
+    edges: Array = np.arange(int(max(times, default=0.0) / width_s) + 2, dtype=np.float64) * width_s
+    tokens, _ = np.histogram(times, bins=edges, weights=weights)
+    return edges[:-1], tokens / width_s
 
 
 def in_flight_over_time(records: Sequence[RequestRecord]) -> tuple[Array, Array]:
@@ -64,7 +64,7 @@ def save_plot(report: Report, path: Path) -> None:
         ax.grid(alpha=0.3)
     if len(report.rounds) > 1:
         axes.flat[0].legend(loc="lower right")
-    figure.suptitle(f"{report.target.model}: {report.settings['load']}, {len(report.rounds)} round(s)")
+    figure.suptitle(f"{report.target.model}: {report.settings['load']}, rounds {len(report.rounds)}")
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:

@@ -11,8 +11,8 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from moestro.cluster.bench.metrics import Metrics
 from moestro.cluster.bench.headline import read_numbers
+from moestro.cluster.bench.metrics import Metrics
 from moestro.cluster.bench.plan import Setting
 from moestro.cluster.bench.records import RequestRecord
 from moestro.cluster.bench.summaries import Spread, spread_over_rounds
@@ -21,6 +21,7 @@ from moestro.protos.errors import ConfigError
 
 _LATE_S = 0.01
 _OFF_BY = 0.05
+_BUSY_CORES = 0.8  # one Python process hardly uses more than one
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ class Round:
     index: int
     seed: int
     metrics: Metrics
+    warmup_errors: Mapping[str, int]
     records: tuple[RequestRecord, ...] | None = None
 
 
@@ -55,7 +57,8 @@ def make_report(
 ) -> Report:
     """The report of ``rounds``, with what follows from them."""
     numbers = spread_over_rounds([read_numbers(r.metrics) for r in rounds])
-    notes = [note for r in rounds for note in (_prefix(r, len(rounds), text) for text in find_notes(r.metrics))]
+    exact = settings.get("ignore_eos") is not False
+    notes = [_prefix(r, len(rounds), note) for r in rounds for note in _warmup_notes(r) + find_notes(r.metrics, exact)]
     return Report(settings, target, hardware, tuple(rounds), numbers, tuple(notes))
 
 
@@ -75,13 +78,14 @@ def from_json(option: str, text: str) -> Report:
         raise ConfigError(f"{option} must name a report of moestro bench; {where}: {first['msg']}") from None
 
 
-def find_notes(metrics: Metrics) -> list[str]:
-    """Reasons to doubt a round's numbers, in plain words; empty when there is none."""
+def find_notes(metrics: Metrics, exact_lengths: bool = True) -> list[str]:
+    """Reasons to doubt a round's numbers, in plain words; empty when there is none. ``exact_lengths``: an answer
+    shorter than asked for is one of them (not so when the model may end it)."""
     notes = [
         f"{count} of {metrics.sent} requests failed with {code}: {metrics.error_examples.get(code, '')}"
         for code, count in metrics.errors.items()
     ]
-    if metrics.short:
+    if metrics.short and exact_lengths:
         notes.append(f"{metrics.short} of {metrics.completed} requests ended before the length asked for")
     if 0 < metrics.completed < 100:
         notes.append(f"p99 of {metrics.completed} requests is little more than the slowest of them")
@@ -90,12 +94,18 @@ def find_notes(metrics: Metrics) -> list[str]:
         notes.append(f"the load generator sent late: {lag.p99 * 1e3:.1f} ms at p99 (counted in every latency)")
     if delay is not None and delay.p99 > _LATE_S:
         notes.append(f"the load generator was busy: its event loop woke {delay.p99 * 1e3:.1f} ms late at p99")
+    if metrics.client_cores is not None and metrics.client_cores > _BUSY_CORES:
+        notes.append(f"the load generator used {metrics.client_cores:.2f} cores: it may be what limits the throughput")
     due, sent = metrics.arrivals.scheduled_per_s, metrics.arrivals.achieved_per_s
     if due is not None and sent is not None and abs(sent / due - 1) > _OFF_BY:
         notes.append(f"{sent:.4g} requests/s were sent, where {due:.4g} were due")
     if metrics.server is not None and metrics.server.cached_tokens:
         notes.append(f"{metrics.server.cached_tokens} of {metrics.input_tokens} input tokens came from a prefix cache")
     return notes
+
+
+def _warmup_notes(round_: Round) -> list[str]:
+    return [f"{count} requests of the warm-up failed with {code}" for code, count in round_.warmup_errors.items()]
 
 
 def _prefix(round_: Round, count: int, note: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from itertools import count
 
@@ -30,21 +31,23 @@ async def run_plan(
     for index in range(plan.rounds):
         seed = round_seed(plan.seed, index)
         workload = plan.workload(seed, info)
-        await _warm_up(plan, target, workload, on_phase)
+        warmup_errors = await _warm_up(plan, target, workload, on_phase)
         run = await _run_round(plan, target, workload, info, f"round {index + 1} of {plan.rounds}", on_phase, on_record)
-        rounds.append(Round(index, seed, _metrics(plan, run), run.records))
+        rounds.append(Round(index, seed, _metrics(plan, run), warmup_errors, run.records))
     return make_report(plan.settings(), info, hardware_record(), rounds)
 
 
-async def _warm_up(plan: Plan, target: Target, workload: Workload, on_phase: OnPhase | None) -> None:
+async def _warm_up(plan: Plan, target: Target, workload: Workload, on_phase: OnPhase | None) -> dict[str, int]:
+    """Failures by code; nothing else of a warm-up is kept."""
     if not plan.warmup:
-        return
+        return {}
     if on_phase is not None:
         on_phase("warm-up", plan.warmup)
     # Numbers from far beyond any round, so that no measured prompt is met before.
     requests = [workload.request(2**31 + index) for index in range(plan.warmup)]
     at_a_time = plan.load.concurrency if isinstance(plan.load, ClosedLoop) else _WARMUP_AT_A_TIME
-    await run_closed(target, requests, at_a_time, timeout_s=plan.timeout_s)
+    run = await run_closed(target, requests, at_a_time, timeout_s=plan.timeout_s)
+    return dict(Counter(r.error for r in run.records if r.error is not None))
 
 
 async def _run_round(
@@ -96,4 +99,5 @@ def _metrics(plan: Plan, run: RoundRun) -> Metrics:
         asked_per_s=plan.load.rate if isinstance(plan.load, OpenLoop) else None,
         scheduled_load=not isinstance(plan.load, ClosedLoop),
         loop_delays_s=run.loop_delays_s,
+        client_cpu_s=run.cpu_s,
     )

@@ -101,6 +101,11 @@ def _client_lines(report: Report) -> RenderableType:
             )
         if m.tokens_per_message is not None:
             parts.append(f"{m.tokens_per_message:.2f} tokens a message")
+        if m.client_cores is not None:
+            parts.append(f"client used {m.client_cores:.2f} cores")
+        if m.server is not None:
+            queued, prefill = m.server.queued_s.p50 * 1e3, m.server.prefill_s.p50 * 1e3
+            parts.append(f"server's own p50: queued {queued:.2f} ms, prefill {prefill:.2f} ms")
         lines.append(f"round {r.index} (seed {r.seed}): " + "; ".join(parts))
     return Text("\n" + "\n".join(lines), style="dim")
 

@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from moestro.cluster.bench import options
-from moestro.cluster.bench.lengths import parse_lengths
-from moestro.cluster.bench.plan import Plan, choose_extent, choose_load
+from moestro.cluster.bench.plan import Plan, choose_extent, choose_lengths, choose_load
 from moestro.cluster.bench.plot import save_plot
 from moestro.cluster.bench.records import RequestRecord
 from moestro.cluster.bench.report import Report, from_json, to_json
@@ -21,8 +20,7 @@ from moestro.cluster.bench.run import run_plan
 from moestro.cluster.bench.slo import parse_slo
 from moestro.cluster.bench.table import render_comparison, render_report
 from moestro.cluster.bench.target import Target, TargetError
-from moestro.cluster.bench.trace import Trace, parse_trace
-from moestro.cluster.bench.workload import LengthSource
+from moestro.cluster.bench.trace import parse_trace
 from moestro.protos.errors import ConfigError
 
 _WHAT, _LOAD, _OUT = "What is asked", "How it is sent", "What is shown and kept"
@@ -32,20 +30,22 @@ def bench(
     address: Annotated[str, typer.Option(help="host:port of the gRPC interface.")] = "localhost:50051",
     model: Annotated[str, typer.Option(help="Model name; may be left out when one model is served.")] = "",
     input_: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--input",
             rich_help_panel=_WHAT,
-            help="Prompt tokens: 128, uniform:min=16,max=512, normal:mean=128,std=32 or lognormal:mean=128,cv=1; "
-            "normal and lognormal also take min and max.",
+            help="Prompt tokens: 128 (default), uniform:min=16,max=512, normal:mean=128,std=32 or "
+            "lognormal:mean=128,cv=1; normal and lognormal also take min and max.",
         ),
-    ] = "128",
-    output: Annotated[str, typer.Option(rich_help_panel=_WHAT, help="Output tokens, in the same words.")] = "64",
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option(rich_help_panel=_WHAT, help="Output tokens, in the same words; 64 by default.")
+    ] = None,
     trace: Annotated[
         Path | None,
         typer.Option(
             rich_help_panel=_WHAT,
-            help="JSON Lines of input_tokens, output_tokens and optionally arrival_s; replaces --input and --output.",
+            help="JSON Lines of input_tokens, output_tokens and optionally arrival_s; instead of --input and --output.",
         ),
     ] = None,
     prompts: Annotated[
@@ -95,8 +95,9 @@ def bench(
 ) -> None:
     """Measure a running server: latency, throughput and goodput under a described load.
 
-    Latencies of an open loop (--rate) count from the moment a request was due. Without --rate, a fixed number of
-    requests is kept in flight, which measures throughput but hides queueing.
+    Latencies of an open loop (--rate) count from when a request was due.
+    Without --rate, a fixed number of requests is kept in flight (--concurrency):
+    that measures throughput but hides queueing.
     """
     try:
         base = _load("--compare", compare) if compare is not None else None
@@ -104,14 +105,15 @@ def bench(
         if show is not None:
             report = _load("--show", show)
         else:
-            recorded = parse_trace("--trace", _lines("--trace", trace)) if trace is not None else None
+            recorded = parse_trace("--trace", _read("--trace", trace).splitlines()) if trace is not None else None
             load = choose_load(rate, cv, concurrency, recorded)
+            inputs, outputs = choose_lengths(input_, output, recorded, prompts is not None)
             duration_s = options.seconds("--duration", duration) if duration is not None else None
             plan = Plan(
                 load=load,
                 extent=choose_extent(requests, duration_s, load),
-                output=recorded.output_tokens if recorded else parse_lengths("--output", output),
-                input=None if prompts is not None else _inputs(input_, recorded),
+                input=inputs,
+                output=outputs,
                 lines=_lines("--prompts", prompts) if prompts is not None else (),
                 warmup=warmup,
                 rounds=rounds,
@@ -159,10 +161,6 @@ async def _measure(plan: Plan, address: str, model: str, channels: int) -> Repor
             return await run_plan(plan, target, on_phase=on_phase, on_record=on_record)
     finally:
         await target.close()
-
-
-def _inputs(text: str, recorded: Trace | None) -> LengthSource:
-    return recorded.input_tokens if recorded else parse_lengths("--input", text)
 
 
 def _read(option: str, path: Path) -> str:
