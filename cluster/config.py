@@ -1,0 +1,141 @@
+"""The whole configuration: one TOML file, one frozen tree, validated once.
+
+Every field's description states what follows from its value; ``moestro config`` prints them.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from moestro.demo.paths import MODEL_DIR
+from moestro.protos.errors import ConfigError
+
+_UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def parse_bytes(value: object) -> object:
+    """``"512MiB"`` to a number of bytes; anything that is not such a string is left for pydantic to judge."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+    if match is None or match[2].upper() not in _UNITS:
+        raise ValueError(f"{value!r} is not a size; write for example 512MiB or 4GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Section):
+    path: Path = Field(default=MODEL_DIR, description="Checkpoint folder in the Hugging Face layout.")
+    name: str = Field(default="", description="Name clients see. Empty: the folder's name.")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        default="auto", description="Compute and storage type. auto: what the checkpoint's config.json says."
+    )
+
+    @property
+    def served_name(self) -> str:
+        return self.name or self.path.resolve().name
+
+
+class ClusterConfig(Section):
+    groups: int = Field(default=1, ge=1, le=1024, description="Copies of the model. More groups, more throughput.")
+    dp: int = Field(
+        default=2, ge=1, le=1024, description="Data-parallel ranks of a group; experts spread over all ranks."
+    )
+    tp: int = Field(default=1, ge=1, le=64, description="Ranks each attention layer is split over.")
+    gateways: int = Field(
+        default=1, ge=1, le=64, description="Gateway processes. Several on one host share the port (SO_REUSEPORT)."
+    )
+    ray_address: str = Field(
+        default="", description="An existing Ray cluster (host:port or auto). Empty: start one here."
+    )
+    dashboard_port: int = Field(default=8265, ge=0, le=65535, description="Port of the Ray dashboard started here.")
+    start_timeout_s: float = Field(default=600.0, gt=0, description="Give up when not serving after so long.")
+
+
+class RankConfig(Section):
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where there is one.")
+    threads: int = Field(default=0, ge=0, le=1024, description="Compute threads of a CPU rank. 0: cores shared evenly.")
+    num_cpus: float = Field(default=1.0, ge=0, description="Ray CPUs a rank asks for in a cluster it did not start.")
+    kv_memory: Bytes = Field(
+        default=256 * 2**20, ge=2**20, description="Bytes of a rank's KV pool. Larger: more sequences at once."
+    )
+
+
+class SchedulerSection(Section):
+    block_size: int = Field(default=16, ge=1, le=256, description="Tokens per KV block.")
+    max_num_sequences: int = Field(default=256, ge=1, le=65536, description="Sequences running at once on a rank.")
+    max_num_tokens: int = Field(
+        default=1024, ge=1, le=2**20, description="Tokens a step computes at most. Larger: faster prefill, longer gaps."
+    )
+    max_context: int = Field(
+        default=0, ge=0, description="Longest prompt plus output. 0: the checkpoint's max_position_embeddings."
+    )
+    max_waiting: int = Field(
+        default=4096, ge=0, description="Sequences that may wait on a rank; beyond it RESOURCE_EXHAUSTED."
+    )
+
+
+class ServerConfig(Section):
+    host: str = Field(default="127.0.0.1", description="Address the gateways listen on. 0.0.0.0: every interface.")
+    port: int = Field(default=50051, ge=0, le=65535, description="gRPC port. 0: any free one.")
+    max_message_bytes: Bytes = Field(default=4 * 2**20, ge=2**10, description="Larger requests are refused.")
+    max_open_requests: int = Field(
+        default=4096, ge=1, description="Requests in flight at one gateway; beyond it RESOURCE_EXHAUSTED."
+    )
+    drain_s: float = Field(default=10.0, ge=0, description="Time open streams have to finish when the server stops.")
+
+
+class Config(Section):
+    """Everything ``moestro serve`` can be told."""
+
+    model: ModelConfig = ModelConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    rank: RankConfig = RankConfig()
+    scheduler: SchedulerSection = SchedulerSection()
+    server: ServerConfig = ServerConfig()
+
+
+def load_config(file: Path | None, overrides: dict[str, dict[str, Any]]) -> Config:
+    """The configuration of ``file`` (defaults without one) with command-line ``overrides`` laid over it.
+
+    Raises ConfigError naming the file, and every wrong field with its bound and value.
+    """
+    tree: dict[str, Any] = {}
+    if file is not None:
+        try:
+            tree = tomllib.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file}: not TOML: {error}") from None
+    for section, values in overrides.items():
+        given = {key: value for key, value in values.items() if value is not None}
+        if given and isinstance(tree.setdefault(section, {}), dict):
+            tree[section] |= given
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(map(str, issue['loc']))}: {issue['msg']} (got {_shorten(issue['input'])})"
+            for issue in error.errors()
+        ]
+        source = str(file) if file is not None else "command line"
+        raise ConfigError(f"{source}: " + "; ".join(lines)) from None
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,104 @@
+"""The backend of a cluster: keeps a link to every rank the directory knows, and picks one for each request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Sequence
+
+from moestro.cluster.directory import GroupEntry
+from moestro.cluster.ranks.link import RankLink, RequestStream
+from moestro.protos.errors import Unavailable
+from moestro.protos.sequences import EngineLimits, EngineLoad, SequenceRequest
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 0.5  # a lost rank is tried again so often while the directory still names it
+
+
+def least_loaded(open_sequences: Sequence[int], waiting: Sequence[int], turn: int) -> int:
+    """Index of the rank to take the next request: fewest sequences of ours open there plus its whole waiting line,
+    equal ones in turn, so that an idle cluster is used evenly."""
+    count = len(open_sequences)
+    return min(range(count), key=lambda i: (open_sequences[i] + waiting[i], (i - turn) % count))
+
+
+class ClusterBackend:
+    """Implements ``Backend`` over rank links. All methods on one asyncio loop."""
+
+    def __init__(self, gateway_id: str, secret: str) -> None:
+        self._gateway_id = gateway_id
+        self._secret = secret
+        self._wanted: dict[str, int] = {}  # address -> epoch
+        self._links: dict[str, RankLink] = {}
+        self._connecting: dict[str, asyncio.Task[None]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._limits: EngineLimits | None = None
+        self._attached = asyncio.Event()
+        self._turn = 0
+
+    @property
+    def limits(self) -> EngineLimits:
+        if self._limits is None:
+            raise Unavailable("no rank is serving yet")
+        return self._limits
+
+    def start(self, sequences: Sequence[SequenceRequest]) -> RequestStream:
+        links = list(self._links.values())
+        if not links:
+            raise Unavailable("no rank is serving now")
+        self._turn += 1
+        index = least_loaded([x.num_open for x in links], [x.load.num_waiting for x in links], self._turn % len(links))
+        return links[index].start(sequences)
+
+    def loads(self) -> dict[str, EngineLoad]:
+        """The last known load of every attached rank, by address."""
+        return {address: link.load for address, link in self._links.items()}
+
+    def update(self, groups: Iterable[GroupEntry]) -> None:
+        """Takes a new picture of the cluster: attaches to ranks that are new, lets go of those that are gone."""
+        wanted = {r.address: g.epoch for g in groups if g.is_serving for r in g.ranks if r.address}
+        self._wanted = wanted
+        for address in self._links.keys() - wanted.keys():
+            link = self._links.pop(address)
+            log.info("rank at %s left", address)
+            self._closing.add(task := asyncio.create_task(link.close()))
+            task.add_done_callback(self._closing.discard)
+        for address in wanted.keys() - self._links.keys() - self._connecting.keys():
+            self._connecting[address] = asyncio.create_task(self._connect(address))
+
+    async def wait_attached(self) -> None:
+        """Returns when at least one rank can take requests."""
+        await self._attached.wait()
+
+    async def close(self) -> None:
+        self._wanted = {}
+        for task in self._connecting.values():
+            task.cancel()
+        for link in list(self._links.values()):
+            await link.close()
+
+    async def _connect(self, address: str) -> None:
+        try:
+            while address in self._wanted:
+                link = RankLink(address, self._gateway_id, self._secret, self._wanted[address], self._on_lost)
+                try:
+                    self._limits = await link.connect()
+                except Unavailable as error:
+                    log.warning("%s", error)
+                    await link.close()
+                    await asyncio.sleep(RETRY_S)
+                    continue
+                self._links[address] = link
+                self._attached.set()
+                return
+        finally:
+            self._connecting.pop(address, None)
+
+    def _on_lost(self, link: RankLink) -> None:
+        if self._links.get(link.address) is link:
+            del self._links[link.address]
+            if not self._links:
+                self._attached.clear()
+            if link.address in self._wanted:
+                self._connecting[link.address] = asyncio.create_task(self._connect(link.address))

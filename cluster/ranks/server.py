@@ -1,0 +1,129 @@
+"""A rank's side of the wire: sequences in, one message per engine step and gateway out.
+
+Runs on the asyncio loop of the rank's process; the engine runs in a thread of its own and hands its steps over with
+``publish``. A gateway that goes away takes its sequences with it: they are cancelled and their blocks freed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass, field
+
+import grpc
+
+from moestro.protos import wire
+from moestro.protos.gen import rank_pb2 as pb
+from moestro.protos.gen import rank_pb2_grpc
+from moestro.protos.sequences import EngineLimits, EngineLoad, SequenceDelta
+
+log = logging.getLogger(__name__)
+
+SECRET_KEY = "moestro-secret"
+MAX_MESSAGE_BYTES = 64 * 2**20  # a prompt of a million tokens is about 4 MB; logprobs of one about 250 B a token
+MAX_UNSENT_DELTAS = 2**18  # a gateway that lags so far behind is cut off, or its deltas would fill our memory
+
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+)
+
+
+@dataclass(eq=False)
+class _Outbox:
+    """What one attached gateway has not been sent yet, and the sequences it owns here."""
+
+    deltas: list[pb.Delta] = field(default_factory=list)
+    load: EngineLoad | None = None
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+    sequences: set[str] = field(default_factory=set)
+    overflown: bool = False
+
+
+class RankServer(rank_pb2_grpc.RankServiceServicer):
+    """``submit`` takes one serialized AttachRequest for the engine; it must be thread safe and not block."""
+
+    def __init__(self, submit: Callable[[bytes], None], limits: EngineLimits, secret: str, epoch: int = 0) -> None:
+        self._submit = submit
+        self._limits = limits
+        self._secret = secret
+        self._epoch = epoch
+        self._owner: dict[str, _Outbox] = {}
+        self._outboxes: set[_Outbox] = set()
+
+    def publish(self, deltas: Iterable[SequenceDelta], refusals: Iterable[tuple[str, str]], load: EngineLoad) -> None:
+        """Hands one step's results to the gateways that wait for them. Call on the loop."""
+        for delta in deltas:
+            outbox = self._owner.get(delta.sequence_id)
+            if outbox is None:
+                continue  # its gateway left while the step ran
+            self._put(outbox, wire.encode_delta(delta))
+            if delta.finish_reason is not None:
+                self._forget(delta.sequence_id)
+        for sequence_id, reason in refusals:
+            if (outbox := self._owner.get(sequence_id)) is not None:
+                self._put(outbox, pb.Delta(sequence_id=sequence_id, error=reason, refused=True))
+                self._forget(sequence_id)
+        for outbox in self._outboxes:
+            outbox.load = load
+            outbox.ready.set()
+
+    def _put(self, outbox: _Outbox, delta: pb.Delta) -> None:
+        outbox.deltas.append(delta)
+        outbox.overflown |= len(outbox.deltas) > MAX_UNSENT_DELTAS
+
+    def _forget(self, sequence_id: str) -> None:
+        outbox = self._owner.pop(sequence_id, None)
+        if outbox is not None:
+            outbox.sequences.discard(sequence_id)
+
+    async def Attach(
+        self,
+        request_iterator: AsyncIterator[pb.AttachRequest],
+        context: grpc.aio.ServicerContext[pb.AttachRequest, pb.AttachResponse],
+    ) -> AsyncIterator[pb.AttachResponse]:
+        given = dict(context.invocation_metadata() or ()).get(SECRET_KEY, "")
+        if not hmac.compare_digest(str(given).encode(), self._secret.encode()):
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this is not a gateway of this cluster")
+        first = await anext(aiter(request_iterator), None)
+        if first is None or first.WhichOneof("message") != "hello":
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "hello must come first")
+            return
+        if first.hello.epoch < self._epoch:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"epoch {first.hello.epoch} is over")
+        outbox = _Outbox()
+        self._outboxes.add(outbox)
+        reader = asyncio.create_task(self._read(request_iterator, outbox))
+        try:
+            yield pb.AttachResponse(welcome=pb.Welcome(epoch=self._epoch, limits=wire.encode_limits(self._limits)))
+            while not (reader.done() and not outbox.sequences):
+                await outbox.ready.wait()
+                outbox.ready.clear()
+                if outbox.overflown:
+                    await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the gateway reads too slowly")
+                deltas, outbox.deltas = outbox.deltas, []
+                load = wire.encode_load(outbox.load) if outbox.load is not None else None
+                if deltas or load is not None:
+                    yield pb.AttachResponse(step=pb.Step(deltas=deltas, load=load))
+        finally:
+            reader.cancel()
+            self._outboxes.discard(outbox)
+            for sequence_id in tuple(outbox.sequences):
+                self._cancel(sequence_id)
+
+    async def _read(self, requests: AsyncIterator[pb.AttachRequest], outbox: _Outbox) -> None:
+        async for request in requests:
+            kind = request.WhichOneof("message")
+            if kind == "submit":
+                self._owner[request.submit.sequence_id] = outbox
+                outbox.sequences.add(request.submit.sequence_id)
+                self._submit(request.SerializeToString())
+            elif kind == "cancel" and self._owner.get(request.cancel) is outbox:
+                self._cancel(request.cancel)
+        outbox.ready.set()
+
+    def _cancel(self, sequence_id: str) -> None:
+        self._forget(sequence_id)
+        self._submit(pb.AttachRequest(cancel=sequence_id).SerializeToString())
