@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
 
@@ -108,17 +108,18 @@ class RequestCore:
             raise UnknownModel(name[:128], tuple(self.models))
         return self.models[name]
 
-    async def open(
-        self, request: pb.GenerateRequest | pb.ChatRequest, timeout_s: float | None = None
-    ) -> RequestStream:
+    async def open(self, request: pb.GenerateRequest | pb.ChatRequest, timeout_s: float | None = None) -> RequestStream:
         """Admits a request. Raises InvalidRequest, UnknownModel, Overloaded, Unavailable or TimeoutError, with nothing
         started then."""
         deadline_s = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
         if timeout_s is not None and timeout_s <= 0:
             raise TimeoutError("the deadline has passed")
         model = self.find(request.model)
-        validate = validate_chat if isinstance(request, pb.ChatRequest) else validate_generate
-        valid = validate(request, self.limits, model.backend.limits, model.text.generation)  # type: ignore[operator]
+        bounds = self.limits, model.backend.limits, model.text.generation
+        if isinstance(request, pb.ChatRequest):
+            valid = validate_chat(request, *bounds)
+        else:
+            valid = validate_generate(request, *bounds)
         started_s = time.monotonic()
         with self._admit(valid) as request_id:
             async with asyncio.timeout_at(deadline_s):
@@ -169,7 +170,7 @@ class RequestCore:
                 stream.close()
 
     @contextlib.contextmanager
-    def _admit(self, valid: ValidRequest) -> AsyncIterator[str]:  # type: ignore[misc]
+    def _admit(self, valid: ValidRequest) -> Iterator[str]:
         """Takes a place, given back when admission fails on the way."""
         if len(self._open) >= self.limits.max_open_requests:
             raise Overloaded(f"{len(self._open)} requests are open, the most this gateway takes")
@@ -202,10 +203,8 @@ class RequestCore:
 
 def _settle(valid: ValidRequest, request_id: str, model: ServedModel, prompt_ids: tuple[int, ...]) -> Admitted:
     """Fits the request into the context and expands it into its choices."""
-    if valid.prompt is None:
-        field = "messages"
-    else:
-        field = "text" if isinstance(valid.prompt, str) else "token_ids.ids"
+    given_as = "text" if isinstance(valid.prompt, str) else "token_ids.ids"
+    field = "messages" if valid.prompt is None else given_as
     sampling = fit(valid, len(prompt_ids), model.backend.limits, field)
     seed = secrets.randbits(64) if valid.seed is None else valid.seed
     return Admitted(
@@ -214,9 +213,7 @@ def _settle(valid: ValidRequest, request_id: str, model: ServedModel, prompt_ids
         prompt_ids=prompt_ids,
         sampling=tuple(
             # The prompt is the same for every choice, so its logprobs are asked for once.
-            replace(
-                sampling, seed=derive_seed(seed, i), prompt_logprobs=sampling.prompt_logprobs if i == 0 else None
-            )
+            replace(sampling, seed=derive_seed(seed, i), prompt_logprobs=sampling.prompt_logprobs if i == 0 else None)
             for i in range(valid.n)
         ),
         seed=seed,

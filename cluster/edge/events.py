@@ -37,7 +37,8 @@ class Usage:
     preemptions: int = 0
 
 
-class ChoiceDelta(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ChoiceDelta:
     """What was added to one choice. ``text`` may lag behind ``token_ids`` while it may become a stop string or is half
     a character; with ``finish_reason`` set nothing is held back any more."""
 

@@ -128,6 +128,8 @@ class Journal:
         if reason is not None:
             if stop_string is None:
                 text += choice.text.finish()
+                stop_string = choice.text.stop_string  # half a character, released, may have completed one
+                reason = reason if stop_string is None else FinishReason.STOP_STRING
             choice.finish_reason, choice.ledger = reason, delta.ledger
             self._num_open -= 1
         logprobs = tuple(map(self._position, delta.logprobs[: len(token_ids)])) if delta.logprobs else ()

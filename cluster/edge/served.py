@@ -60,6 +60,9 @@ class TextUpdate(Protocol):
 class TextStream(Protocol):
     """Incremental text of one choice; holds back half characters and possible stop strings."""
 
+    @property
+    def stop_string(self) -> str | None: ...
+
     def push(self, token_ids: Sequence[int]) -> TextUpdate: ...
     def finish(self) -> str: ...
 

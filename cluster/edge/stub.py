@@ -1,4 +1,4 @@
-"""A Backend without a model: deterministic tokens, at once or at a given rate. For tests, and for measuring the edge."""
+"""A Backend without a model: deterministic tokens, at once or at a given rate; to test and measure the edge."""
 
 from __future__ import annotations
 

@@ -214,9 +214,7 @@ def _resolve(
     )
 
 
-def _range(
-    field: str, value: float, low: float, high: float, open_below: bool = False
-) -> Iterator[FieldViolation]:
+def _range(field: str, value: float, low: float, high: float, open_below: bool = False) -> Iterator[FieldViolation]:
     """Written so that NaN, which compares false with everything, is out of every range."""
     inside = low < value <= high if open_below else low <= value <= high
     if not inside:
