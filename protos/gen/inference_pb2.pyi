@@ -317,16 +317,18 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "uptime_seconds", "max_message_bytes", "max_waiting")
+    __slots__ = ("version", "uptime_seconds", "max_message_bytes", "max_waiting", "max_open_requests")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_WAITING_FIELD_NUMBER: _ClassVar[int]
+    MAX_OPEN_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     version: str
     uptime_seconds: float
     max_message_bytes: int
     max_waiting: int
-    def __init__(self, version: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., max_message_bytes: _Optional[int] = ..., max_waiting: _Optional[int] = ...) -> None: ...
+    max_open_requests: int
+    def __init__(self, version: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., max_message_bytes: _Optional[int] = ..., max_waiting: _Optional[int] = ..., max_open_requests: _Optional[int] = ...) -> None: ...
 
 class GetClusterStatusRequest(_message.Message):
     __slots__ = ()

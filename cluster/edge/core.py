@@ -1,0 +1,222 @@
+"""The request core: validate, admit, tokenise, start, stream. Knows no transport.
+
+gRPC and HTTP servers and in-process callers give it the public messages and get typed events; what goes wrong is an
+exception of ``protos.errors``, or TimeoutError when the caller's deadline passes. However a stream ends, nothing of it
+keeps running in the backend.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
+from types import TracebackType
+
+from moestro.cluster.backend import DeltaStream
+from moestro.cluster.edge.events import Completion, StreamEvent, gather
+from moestro.cluster.edge.journal import Admitted, Journal
+from moestro.cluster.edge.served import EdgeLimits, ServedModel
+from moestro.cluster.edge.validation import ValidRequest, fit, validate_chat, validate_generate, validate_token_ids
+from moestro.protos.errors import FieldViolation, InvalidRequest, Overloaded, UnknownModel
+from moestro.protos.gen import inference_pb2 as pb
+from moestro.workers.sampling.noise import derive_seed
+
+
+class RequestStream:
+    """One open request. An async iterator of its events, and a context manager that closes it."""
+
+    def __init__(self, core: RequestCore, journal: Journal, deltas: DeltaStream, deadline_s: float | None) -> None:
+        self.journal = journal
+        self._core = core
+        self._deltas = deltas
+        self._deadline_s = deadline_s
+        self._closed = False
+
+    @property
+    def request_id(self) -> str:
+        return self.journal.admitted.request_id
+
+    async def next(self) -> StreamEvent | None:
+        """The next event, None after the last. Raises SequenceFailed, Unavailable, TimeoutError; closed then."""
+        try:
+            while not self.journal.finished and not self._closed:
+                if self._deadline_s is None:
+                    deltas = await self._deltas.next()
+                else:
+                    async with asyncio.timeout_at(self._deadline_s):
+                        deltas = await self._deltas.next()
+                event, cancel = self.journal.accept(deltas, time.monotonic())
+                for sequence_id in cancel:
+                    self._deltas.cancel(sequence_id)
+                if event is not None:
+                    if event.usage is not None:
+                        self.close()
+                    return event
+        except BaseException:
+            self.close()
+            raise
+        return None
+
+    def close(self) -> None:
+        """Cancels what still runs and gives the place back. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._core.forget(self)
+            self._deltas.close()
+
+    def __aiter__(self) -> RequestStream:
+        return self
+
+    async def __anext__(self) -> StreamEvent:
+        event = await self.next()
+        if event is None:
+            raise StopAsyncIteration
+        return event
+
+    def __enter__(self) -> RequestStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class RequestCore:
+    """Serves the requests of one edge process, on one event loop."""
+
+    def __init__(self, models: Sequence[ServedModel], limits: EdgeLimits | None = None) -> None:
+        if not models:
+            raise ValueError("an edge without a model")
+        self.limits = limits or EdgeLimits()
+        self.models = {model.name: model for model in models}
+        self._open: dict[str, RequestStream | None] = {}  # by request id; None while it is being admitted
+
+    @property
+    def num_open(self) -> int:
+        """Requests admitted and not yet ended."""
+        return len(self._open)
+
+    def find(self, name: str) -> ServedModel:
+        """The model of that name; the only one when the name is empty. Raises UnknownModel."""
+        if not name and len(self.models) == 1:
+            return next(iter(self.models.values()))
+        if name not in self.models:
+            raise UnknownModel(name[:128], tuple(self.models))
+        return self.models[name]
+
+    async def open(self, request: pb.GenerateRequest | pb.ChatRequest, timeout_s: float | None = None) -> RequestStream:
+        """Admits a request. Raises InvalidRequest, UnknownModel, Overloaded, Unavailable or TimeoutError, with nothing
+        started then."""
+        deadline_s = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+        if timeout_s is not None and timeout_s <= 0:
+            raise TimeoutError("the deadline has passed")
+        model = self.find(request.model)
+        bounds = self.limits, model.backend.limits, model.text.generation
+        if isinstance(request, pb.ChatRequest):
+            valid = validate_chat(request, *bounds)
+        else:
+            valid = validate_generate(request, *bounds)
+        started_s = time.monotonic()
+        with self._admit(valid) as request_id:
+            async with asyncio.timeout_at(deadline_s):
+                prompt_ids = await self._prompt_ids(model, valid)
+            admitted = _settle(valid, request_id, model, prompt_ids)
+            journal = Journal(admitted, model.text, model.open_text, started_s)
+            stream = RequestStream(self, journal, model.backend.start(journal.sequences()), deadline_s)
+            self._open[request_id] = stream
+        return stream
+
+    async def stream(
+        self, request: pb.GenerateRequest | pb.ChatRequest, timeout_s: float | None = None
+    ) -> AsyncIterator[StreamEvent]:
+        """Admits and yields every event."""
+        with await self.open(request, timeout_s) as stream:
+            async for event in stream:
+                yield event
+
+    async def complete(
+        self, request: pb.GenerateRequest | pb.ChatRequest, timeout_s: float | None = None
+    ) -> Completion:
+        """Admits and gathers the whole answer."""
+        with await self.open(request, timeout_s) as stream:
+            return gather([event async for event in stream])
+
+    async def tokenize(self, request: pb.TokenizeRequest) -> list[int]:
+        """Raises UnknownModel."""
+        special = request.add_special_tokens if request.HasField("add_special_tokens") else True
+        return await self._encode(self.find(request.model), request.text, special)
+
+    async def detokenize(self, request: pb.DetokenizeRequest) -> str:
+        """Raises UnknownModel, InvalidRequest."""
+        model = self.find(request.model)
+        ids = list(request.token_ids)
+        validate_token_ids("token_ids", ids, model.backend.limits.vocab_size)
+        if len(ids) <= self.limits.encode_in_thread_chars:
+            return model.text.decode(ids, request.skip_special_tokens)
+        return await asyncio.to_thread(model.text.decode, ids, request.skip_special_tokens)
+
+    def forget(self, stream: RequestStream) -> None:
+        """A stream has ended; called by the stream itself."""
+        self._open.pop(stream.request_id, None)
+
+    def close(self) -> None:
+        """Ends every open request."""
+        for stream in list(self._open.values()):
+            if stream is not None:
+                stream.close()
+
+    @contextlib.contextmanager
+    def _admit(self, valid: ValidRequest) -> Iterator[str]:
+        """Takes a place, given back when admission fails on the way."""
+        if len(self._open) >= self.limits.max_open_requests:
+            raise Overloaded(f"{len(self._open)} requests are open, the most this gateway takes")
+        request_id = valid.request_id or f"req-{secrets.token_hex(8)}"
+        if request_id in self._open:
+            raise InvalidRequest([FieldViolation("request_id", "is that of an open request")])
+        self._open[request_id] = None
+        try:
+            yield request_id
+        except BaseException:
+            self._open.pop(request_id, None)
+            raise
+
+    async def _prompt_ids(self, model: ServedModel, valid: ValidRequest) -> tuple[int, ...]:
+        if isinstance(valid.prompt, tuple):
+            return valid.prompt
+        if valid.prompt is not None:
+            return tuple(await self._encode(model, valid.prompt, add_special_tokens=True))
+        if not model.text.has_chat_template:
+            raise InvalidRequest([FieldViolation("model", f"{model.name!r} has no chat template")])
+        text = model.text.render_chat([{"role": role, "content": content} for role, content in valid.messages])
+        # The template has written the special tokens itself.
+        return tuple(await self._encode(model, text, add_special_tokens=False))
+
+    async def _encode(self, model: ServedModel, text: str, add_special_tokens: bool) -> list[int]:
+        if len(text) <= self.limits.encode_in_thread_chars:
+            return model.text.encode(text, add_special_tokens)
+        return await asyncio.to_thread(model.text.encode, text, add_special_tokens)
+
+
+def _settle(valid: ValidRequest, request_id: str, model: ServedModel, prompt_ids: tuple[int, ...]) -> Admitted:
+    """Fits the request into the context and expands it into its choices."""
+    given_as = "text" if isinstance(valid.prompt, str) else "token_ids.ids"
+    field = "messages" if valid.prompt is None else given_as
+    sampling = fit(valid, len(prompt_ids), model.backend.limits, field)
+    seed = secrets.randbits(64) if valid.seed is None else valid.seed
+    return Admitted(
+        request_id=request_id,
+        model=model.name,
+        prompt_ids=prompt_ids,
+        sampling=tuple(
+            # The prompt is the same for every choice, so its logprobs are asked for once.
+            replace(sampling, seed=derive_seed(seed, i), prompt_logprobs=sampling.prompt_logprobs if i == 0 else None)
+            for i in range(valid.n)
+        ),
+        seed=seed,
+        stop_strings=valid.stop_strings,
+        priority=valid.priority,
+    )

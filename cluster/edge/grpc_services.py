@@ -1,0 +1,164 @@
+"""The gRPC face of the request core: one coroutine per method, bytes in and bytes out.
+
+Messages are parsed and serialised here and not by gRPC, so that a malformed one gets a status that names its field,
+and so that a streamed token costs one message and one write.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from moestro.cluster.edge.core import RequestCore
+from moestro.cluster.edge.parsing import parse
+from moestro.cluster.edge.statuses import status_of
+from moestro.cluster.edge.wire import encode_completion, encode_event
+from moestro.protos.errors import FieldViolation, InvalidRequest
+from moestro.protos.gen import inference_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+INFERENCE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
+CLUSTER = pb.DESCRIPTOR.services_by_name["ClusterService"].full_name
+COMPRESSION_KEY = "moestro-compression"  # metadatum of a client that wants its stream compressed: "gzip"
+COMPRESS_FROM_BYTES = 1024  # smaller answers are not worth it
+
+Context = grpc.aio.ServicerContext[Any, Any]
+ClusterStatus = Callable[[], Awaitable[pb.GetClusterStatusResponse]]
+M = TypeVar("M", bound=Message)
+
+
+class InferenceHandlers:
+    """moestro.v1.InferenceService."""
+
+    def __init__(self, core: RequestCore, version: str) -> None:
+        self._core = core
+        self._version = version
+        self._started_s = time.monotonic()
+
+    def generic(self) -> grpc.GenericRpcHandler[Any, Any]:
+        unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
+        return grpc.method_handlers_generic_handler(
+            INFERENCE,
+            {
+                "Generate": stream(_streaming(pb.GenerateRequest, self._stream)),
+                "Chat": stream(_streaming(pb.ChatRequest, self._stream)),
+                "Complete": unary(_unary(pb.CompleteRequest, self._complete)),
+                "Tokenize": unary(_unary(pb.TokenizeRequest, self._tokenize)),
+                "Detokenize": unary(_unary(pb.DetokenizeRequest, self._detokenize)),
+                "ListModels": unary(_unary(pb.ListModelsRequest, self._list_models)),
+                "GetServerInfo": unary(_unary(pb.GetServerInfoRequest, self._server_info)),
+            },
+        )
+
+    async def _stream(self, request: pb.GenerateRequest | pb.ChatRequest, context: Context) -> None:
+        if context.time_remaining() == 0:
+            raise TimeoutError("the deadline has passed")
+        if (COMPRESSION_KEY, "gzip") in (context.invocation_metadata() or ()):
+            context.set_compression(grpc.Compression.Gzip)
+        # From here on the deadline is gRPC's: when it passes, this task is cancelled, which closes the stream.
+        with await self._core.open(request) as stream:
+            while (event := await stream.next()) is not None:
+                await context.write(encode_event(event))
+
+    async def _complete(self, request: pb.CompleteRequest, context: Context) -> bytes:
+        if context.time_remaining() == 0:
+            raise TimeoutError("the deadline has passed")
+        try:
+            return encode_completion(await self._core.complete(request.request))
+        except InvalidRequest as error:
+            # The same request one level deeper, so its paths are too.
+            raise type(error)([FieldViolation(f"request.{v.field}", v.description) for v in error.violations]) from None
+
+    async def _tokenize(self, request: pb.TokenizeRequest, context: Context) -> bytes:
+        return pb.TokenizeResponse(token_ids=await self._core.tokenize(request)).SerializeToString()
+
+    async def _detokenize(self, request: pb.DetokenizeRequest, context: Context) -> bytes:
+        return pb.DetokenizeResponse(text=await self._core.detokenize(request)).SerializeToString()
+
+    async def _list_models(self, request: pb.ListModelsRequest, context: Context) -> bytes:
+        models = [
+            pb.Model(
+                name=model.name,
+                architecture=model.architecture,
+                max_context=model.backend.limits.max_context,
+                vocab_size=model.backend.limits.vocab_size,
+                dtype=model.dtype,
+                has_chat_template=model.text.has_chat_template,
+            )
+            for model in self._core.models.values()
+        ]
+        return pb.ListModelsResponse(models=models).SerializeToString()
+
+    async def _server_info(self, request: pb.GetServerInfoRequest, context: Context) -> bytes:
+        backends = [model.backend for model in self._core.models.values()]
+        return pb.GetServerInfoResponse(
+            version=self._version,
+            uptime_seconds=time.monotonic() - self._started_s,
+            max_message_bytes=self._core.limits.max_message_bytes,
+            max_waiting=min(backend.limits.max_waiting for backend in backends),
+            max_open_requests=self._core.limits.max_open_requests,
+        ).SerializeToString()
+
+
+class ClusterHandlers:
+    """moestro.v1.ClusterService."""
+
+    def __init__(self, core: RequestCore, status: ClusterStatus) -> None:
+        self._core = core
+        self._status = status
+
+    def generic(self) -> grpc.GenericRpcHandler[Any, Any]:
+        handler = grpc.unary_unary_rpc_method_handler(_unary(pb.GetClusterStatusRequest, self._cluster_status))
+        return grpc.method_handlers_generic_handler(CLUSTER, {"GetClusterStatus": handler})
+
+    async def _cluster_status(self, request: pb.GetClusterStatusRequest, context: Context) -> bytes:
+        response = await self._status()
+        response.open_streams = self._core.num_open
+        return response.SerializeToString()
+
+
+def _streaming(
+    kind: type[M], method: Callable[[M, Context], Awaitable[None]]
+) -> Callable[[bytes, Context], Awaitable[None]]:
+    async def handle(data: bytes, context: Context) -> None:
+        request = None
+        try:
+            request = parse(kind, data)
+            await method(request, context)
+        except Exception as error:
+            await _abort(context, error, request)
+
+    return handle
+
+
+def _unary(
+    kind: type[M], method: Callable[[M, Context], Awaitable[bytes]]
+) -> Callable[[bytes, Context], Awaitable[bytes]]:
+    async def handle(data: bytes, context: Context) -> bytes:
+        request = None
+        try:
+            request = parse(kind, data)
+            response = await method(request, context)
+        except Exception as error:
+            await _abort(context, error, request)
+            raise  # not reached: abort has raised
+        if len(response) >= COMPRESS_FROM_BYTES:
+            context.set_compression(grpc.Compression.Gzip)  # gRPC sends it plain to a client that does not take it
+        return response
+
+    return handle
+
+
+async def _abort(context: Context, error: Exception, request: Message | None) -> None:
+    inner = getattr(request, "request", request)
+    request_id = getattr(inner, "request_id", "")[:128]
+    status = status_of(error, request_id)
+    if status.code is grpc.StatusCode.INTERNAL:
+        log.error("request %r failed: %s", request_id, error, exc_info=error)
+    await context.abort(status.code, status.message, status.metadata)

@@ -1,0 +1,143 @@
+"""A Backend without a model: deterministic tokens, at once or at a given rate; to test and measure the edge."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from moestro.protos.errors import Overloaded, Unavailable
+from moestro.protos.sequences import (
+    EngineLimits,
+    FinishReason,
+    SequenceDelta,
+    SequenceLedger,
+    SequenceRequest,
+    TokenLogprobs,
+)
+
+
+def stub_token(sequence: SequenceRequest, position: int, vocab_size: int) -> int:
+    """The token at an output position: a function of prompt, seed and position alone, so that a replay agrees."""
+    last = sequence.prompt_ids[-1] if sequence.prompt_ids else 0
+    return (last + sequence.sampling.seed % 1009 + 7 * position + 1) % vocab_size
+
+
+class StubBackend:
+    """One token per sequence and step. ``step_s`` is the time between steps; 0 lets every stream run as fast as it is
+    read. ``fail_at`` ends every sequence with an error at that position; ``lose()`` breaks every stream."""
+
+    def __init__(self, limits: EngineLimits, step_s: float = 0.0, fail_at: int | None = None) -> None:
+        self._limits = limits
+        self._step_s = step_s
+        self.fail_at = fail_at
+        self.lost = False
+        self.streams: set[StubStream] = set()
+        self.cancelled: list[str] = []
+
+    @property
+    def limits(self) -> EngineLimits:
+        return self._limits
+
+    @property
+    def open_sequences(self) -> set[str]:
+        """Sequences neither ended nor cancelled."""
+        return {sequence_id for stream in self.streams for sequence_id in stream.positions}
+
+    def start(self, sequences: Sequence[SequenceRequest]) -> StubStream:
+        if self.lost:
+            raise Unavailable("the stub is lost")
+        if len(self.open_sequences) + len(sequences) > self._limits.max_waiting:
+            raise Overloaded(f"{self._limits.max_waiting} sequences are open, the most this stub takes")
+        if clash := self.open_sequences & {s.sequence_id for s in sequences}:
+            raise AssertionError(f"sequence ids are open already: {sorted(clash)}")
+        stream = StubStream(self, sequences)
+        self.streams.add(stream)
+        return stream
+
+    def lose(self) -> None:
+        """From now on every stream raises Unavailable."""
+        self.lost = True
+
+    async def wait_for_step(self) -> None:
+        await asyncio.sleep(self._step_s)
+
+
+class StubStream:
+    """The deltas of one request."""
+
+    def __init__(self, backend: StubBackend, sequences: Sequence[SequenceRequest]) -> None:
+        self._backend = backend
+        self._sequences = {s.sequence_id: s for s in sequences}
+        self.positions = {s.sequence_id: len(s.output_ids) for s in sequences}
+        self._num_started = dict(self.positions)
+
+    async def next(self) -> list[SequenceDelta]:
+        assert self.positions, "next() after every sequence has ended"
+        await self._backend.wait_for_step()
+        if self._backend.lost:
+            self.close()
+            raise Unavailable("the stub is lost")
+        return [self._step(sequence_id, position) for sequence_id, position in list(self.positions.items())]
+
+    def cancel(self, sequence_id: str) -> None:
+        if self.positions.pop(sequence_id, None) is not None:
+            self._backend.cancelled.append(sequence_id)
+            self._close_if_empty()
+
+    def close(self) -> None:
+        for sequence_id in list(self.positions):
+            self.cancel(sequence_id)
+        self._close_if_empty()
+
+    def _close_if_empty(self) -> None:
+        if not self.positions:
+            self._backend.streams.discard(self)
+
+    def _step(self, sequence_id: str, position: int) -> SequenceDelta:
+        sequence = self._sequences[sequence_id]
+        params = sequence.sampling
+        if position == self._backend.fail_at:
+            self._end(sequence_id)
+            return SequenceDelta(sequence_id, finish_reason=FinishReason.ERROR, error="made to fail")
+        token = stub_token(sequence, position, self._backend.limits.vocab_size)
+        reason = _reason(sequence, token, position + 1)
+        self.positions[sequence_id] = position + 1
+        if reason is None and params.logprobs is None and params.prompt_logprobs is None:
+            return SequenceDelta(sequence_id, (token,))
+        if reason is not None:
+            self._end(sequence_id)
+        first = position == self._num_started[sequence_id]
+        return SequenceDelta(
+            sequence_id,
+            (token,),
+            logprobs=() if params.logprobs is None else (stub_logprobs(token, params.logprobs),),
+            prompt_logprobs=_prompt_logprobs(sequence) if first else None,
+            finish_reason=reason,
+            ledger=SequenceLedger(num_steps=position + 1) if reason else None,
+        )
+
+    def _end(self, sequence_id: str) -> None:
+        del self.positions[sequence_id]
+        self._close_if_empty()
+
+
+def stub_logprobs(token: int, count: int) -> TokenLogprobs:
+    """Not of any model, but recognisable: -1 for the token, -1, -2, ... for the ids from 0."""
+    return TokenLogprobs(token, -1.0, tuple((i, -1.0 - i) for i in range(count)))
+
+
+def _prompt_logprobs(sequence: SequenceRequest) -> tuple[TokenLogprobs | None, ...] | None:
+    count = sequence.sampling.prompt_logprobs
+    if count is None:
+        return None
+    return (None, *(stub_logprobs(token, count) for token in sequence.prompt_ids[1:]))
+
+
+def _reason(sequence: SequenceRequest, token: int, num_output: int) -> FinishReason | None:
+    params = sequence.sampling
+    if num_output > params.min_tokens:
+        if token in params.stop_token_ids:
+            return FinishReason.STOP_TOKEN
+        if token in params.eos_token_ids and not params.ignore_eos:
+            return FinishReason.EOS
+    return FinishReason.LENGTH if num_output >= params.max_tokens else None
