@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-EOS = "<|endoftext|>"
+from moestro.demo.tokenizer import EOS
+
 # Machine-made tables, a grammar's pickles and deliberately broken sources: they teach a small model nothing.
 SKIPPED_PARTS = frozenset(
     {"site-packages", "lib2to3", "idlelib", "encodings", "cjkencodings", "__pycache__", "ensurepip", "data"}

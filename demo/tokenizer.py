@@ -1,5 +1,6 @@
 """The demo's byte-level BPE tokenizer, trained on the training split and saved in the Hugging Face layout."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -54,3 +55,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
     )
     wrapped.chat_template = CHAT_TEMPLATE
     wrapped.save_pretrained(folder, save_jinja_files=False)
+    config_file = folder / "tokenizer_config.json"
+    config = json.loads(config_file.read_text())
+    # The name every version of transformers knows; version 5 writes its own, newer one.
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config_file.write_text(json.dumps(config, indent=2) + "\n")

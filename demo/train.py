@@ -21,7 +21,7 @@ from transformers import GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from moestro.demo.corpus import Split, documents, is_held_out, tokenize
 from moestro.demo.forward import PLAIN, Pieces, compiled_pieces, cross_entropy, decoder
-from moestro.demo.tokenizer import save_tokenizer, train_tokenizer
+from moestro.demo.tokenizer import EOS, IM_END, save_tokenizer, train_tokenizer
 
 CACHE = Path(".cache/demo")
 VOCAB = 4096
@@ -233,11 +233,17 @@ def fit(
 
 def save_model(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
     """Write a bfloat16 model with its tokenizer and generation settings in the Hugging Face layout."""
-    eos_id = tokenizer.token_to_id("<|endoftext|>")
-    end_of_turn = tokenizer.token_to_id("<|im_end|>")
+    eos_id, end_of_turn = tokenizer.token_to_id(EOS), tokenizer.token_to_id(IM_END)
     model = model.to(torch.bfloat16)
     model.generation_config = GenerationConfig(eos_token_id=[eos_id, end_of_turn], pad_token_id=eos_id)
     model.save_pretrained(folder)
+    config_file = folder / "config.json"
+    config = json.loads(config_file.read_text())
+    if "num_local_experts" in config:
+        # Published Qwen3-MoE checkpoints call this num_experts; transformers reads both, other engines only that.
+        config["num_experts"] = config.pop("num_local_experts")
+    config_file.write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n")
+    (folder / "model.safetensors").chmod(0o644)
     save_tokenizer(tokenizer, folder, model.config.max_position_embeddings)
 
 
