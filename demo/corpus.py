@@ -69,6 +69,8 @@ def documents() -> Iterator[Document]:
 def tokenize(tokenizer: Tokenizer, docs: list[Document]) -> Split:
     """Encode documents one after another, each followed by the end-of-text token."""
     eos_id = tokenizer.token_to_id(EOS)
+    if eos_id is None:
+        raise ValueError(f"the tokenizer has no {EOS} token")
     ids: list[int] = []
     starts: list[int] = []
     for encoding in tokenizer.encode_batch_fast([doc.text for doc in docs], add_special_tokens=False):

@@ -30,6 +30,7 @@ from moestro.demo.specialisation import LayerReport, layer_report
 from moestro.demo.syntax import CLASSES, UNKNOWN, token_classes
 
 HERE = Path(__file__).resolve().parent
+CACHE = Path(".cache/demo")
 PROMPT_TOKENS = 64
 PROMPTS = ("def __init__(self, ", "import os\nimport ", "class Stack:\n    def push(self, item):\n        ")
 
@@ -96,6 +97,12 @@ def expert_reports(
     ]
 
 
+def load(folder: Path) -> Any:
+    """A bundled model in bfloat16, ready for inference."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    return model.eval()
+
+
 @torch.no_grad()
 def completions(model: Any, tokenizer: Tokenizer) -> dict[str, str]:
     """Greedy continuations of the sample prompts."""
@@ -108,8 +115,8 @@ def completions(model: Any, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def draft_section(target: Any, tokenizer: Tokenizer, held: Split, seed: int) -> dict[str, Any]:
-    """The draft's own quality, and its agreement with the target on held-out text and on the target's text."""
-    draft = AutoModelForCausalLM.from_pretrained(DRAFT_DIR, dtype=torch.bfloat16).eval()
+    """The draft's own quality, and its agreement with the target on held-out text and on sampled text."""
+    draft = load(DRAFT_DIR)
     part = held.tokens_N[: 64 * 512].astype(np.int64)
     on_text = torch.from_numpy(part).view(-1, 512)
     torch.manual_seed(seed)
@@ -127,7 +134,9 @@ def draft_section(target: Any, tokenizer: Tokenizer, held: Split, seed: int) -> 
         "parameters": sum(p.numel() for p in draft.parameters()),
         **quality(log_probs, held.text_bytes),
         "agreement_on_held_out_text": asdict(agreement(target, draft, on_text)),
-        "agreement_on_text_sampled_from_the_target": asdict(agreement(target, draft, written[:, :-1], first=PROMPT_TOKENS - 1)),
+        "agreement_on_text_sampled_from_the_target": asdict(
+            agreement(target, draft, written[:, :-1], first=PROMPT_TOKENS - 1)
+        ),
     }
 
 
@@ -140,12 +149,11 @@ def evaluate(seed: int, order: int) -> dict[str, Any]:
     baseline = ngram.fit(train.tokens_N, order, tokenizer.get_vocab_size())
     baseline_scores = baseline.log_probs(held.tokens_N)[1:]
 
-    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.bfloat16).eval()
+    model = load(MODEL_DIR)
     scores = score(model, held.tokens_N)
     assert scores.chosen_LNk is not None
     labels = held_out_labels(tokenizer)
     reports = expert_reports(held, labels, scores.chosen_LNk, model.config, seed)
-    plot_experts([asdict(report) for report in reports], CLASSES, HERE / "experts.png")
 
     subset = held.tokens_N[:32769]
     intact = score(model, subset).log_probs_N
@@ -165,7 +173,11 @@ def evaluate(seed: int, order: int) -> dict[str, Any]:
             "parameters": sum(p.numel() for p in model.parameters()),
             **quality(scores.log_probs_N, held.text_bytes),
         },
-        "ngram": {"order": order, "smoothing": "modified Kneser-Ney", **quality(baseline_scores, held.text_bytes)},
+        "ngram": {
+            "order": order,
+            "smoothing": "modified Kneser-Ney",
+            **quality(baseline_scores, held.text_bytes),
+        },
         "experts": {
             "classes": CLASSES,
             "class_share": np.bincount(labels[labels != UNKNOWN], minlength=len(CLASSES)).tolist(),
@@ -192,22 +204,31 @@ def rounded(value: Any) -> Any:
     return value
 
 
+def record(cache: Path, name: str, previous: dict[str, Any]) -> Any:
+    """The cache's record of a training run, or else what the previous evaluation says about it."""
+    file = cache / f"{name}.json"
+    return json.loads(file.read_text()) if file.exists() else previous.get(name)
+
+
 def main(
     seed: Annotated[int, typer.Option(help="Seeds shuffles and samples.")] = 20,
     order: Annotated[int, typer.Option(help="Order of the n-gram baseline.")] = 5,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
-    training: Annotated[Path, typer.Option(help="Record of the training run.")] = Path(".cache/demo/training.json"),
+    cache: Annotated[Path, typer.Option(help="Folder with the records of the training runs.")] = CACHE,
+    output: Annotated[Path, typer.Option(help="Folder of evaluation.json and experts.png.")] = HERE,
 ) -> None:
-    """Evaluate the bundled model and draft; keeps the training record of the previous file if there is no new one."""
+    """Evaluate the bundled model and its draft on the held-out files."""
     torch.set_num_threads(threads)
-    target = HERE / "evaluation.json"
+    target = output / "evaluation.json"
+    previous = json.loads(target.read_text()) if target.exists() else {}
     result = evaluate(seed, order)
-    record = training if training.exists() else target
-    if record.exists():
-        saved = json.loads(record.read_text())
-        result["training"] = saved.get("training", {}) if record == target else saved
-    target.write_text(json.dumps(rounded(result), indent=1) + "\n")
-    print(json.dumps(rounded({key: result[key] for key in ("model", "ngram", "draft", "completions")}), indent=1))
+    for name in ("training", "distillation"):
+        result[name] = record(cache, name, previous)
+    layers = result["experts"]["layers"]
+    plot_experts(layers, CLASSES, output / "experts.png")
+    result = rounded(result)
+    target.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({key: result[key] for key in ("model", "ngram", "draft", "completions")}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """A compact training forward for Qwen3-MoE and dense Qwen3 over the parameters of the transformers model.
 
-The parameters are those of `Qwen3MoeForCausalLM` or `Qwen3ForCausalLM`, by their names, so what is trained is what
-`save_pretrained` writes. Only the order of work differs: tokens are sorted by expert once per layer, each expert
-is one matrix product, and the vocabulary projection is fused with its loss.
+The parameters are those of `Qwen3MoeForCausalLM` or `Qwen3ForCausalLM`, by their names, so what is trained is
+what `save_pretrained` writes. Only the order of work differs: tokens are sorted by expert once per layer,
+each expert is one matrix product, and the vocabulary projection is fused with its loss.
 
 Legend: B sequences, T positions, N = B * T tokens, A = N * top_k assignments, H query heads, K KV heads,
 D head width, M hidden width, F expert width, E experts, V vocabulary.
@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 Params = Mapping[str, Tensor]
@@ -66,7 +66,7 @@ def _attention(w: Params, x_NM: Tensor, cos: Tensor, sin: Tensor, shape: Shape) 
     B, T, H, K, D, eps = shape
     h_NM = _norm(x_NM, w["input_layernorm.weight"], eps)
     weight = torch.cat([w[f"self_attn.{name}_proj.weight"] for name in "qkv"]).to(torch.bfloat16)
-    q, k, v = F.linear(h_NM, weight).view(B, T, H + 2 * K, D).split((H, K, K), dim=2)
+    q, k, v = torch.split(F.linear(h_NM, weight).view(B, T, H + 2 * K, D), [H, K, K], dim=2)
     q = _rotate(_norm(q, w["self_attn.q_norm.weight"], eps), cos, sin).transpose(1, 2)
     k = _rotate(_norm(k, w["self_attn.k_norm.weight"], eps), cos, sin).transpose(1, 2)
     k = k.repeat_interleave(H // K, dim=1)
@@ -131,9 +131,9 @@ def _experts(w: Params, x_NM: Tensor, config: Any, pieces: "Pieces") -> tuple[Te
     gate_up = w["mlp.experts.gate_up_proj"].to(torch.bfloat16).unbind()
     down = w["mlp.experts.down_proj"].to(torch.bfloat16).unbind()
     counts = counts_E.tolist()
-    ups = [F.linear(row, gate_up[e]) for e, row in enumerate(sorted_AM.split(counts))]
+    ups = [F.linear(row, gate_up[e]) for e, row in enumerate(torch.split(sorted_AM, counts))]
     acts_AF = pieces.swiglu(torch.cat(ups))
-    outs = [F.linear(row, down[e]) for e, row in enumerate(acts_AF.split(counts))]
+    outs = [F.linear(row, down[e]) for e, row in enumerate(torch.split(acts_AF, counts))]
     out_AM = _Permute.apply(torch.cat(outs), inverse_A, order_A, 1)  # type: ignore[no-untyped-call]
     # Switch Transformer's load-balancing loss (Fedus et al. 2021, eq. 4), for top_k choices: 1 when balanced.
     share_E = counts_E / len(flat_A)

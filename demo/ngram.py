@@ -1,6 +1,6 @@
 """Interpolated modified Kneser-Ney n-gram model over token ids: the baseline a trained model has to beat.
 
-Chen and Goodman, "An empirical study of smoothing techniques for language modeling" (1999), section 4.1.3 and 3.
+Chen and Goodman, "An empirical study of smoothing techniques for language modeling" (1999), section 3.
 An n-gram is packed into one uint64, so all counts are sorted arrays and all look-ups are binary searches.
 
 Legend: N tokens, G distinct n-grams of one order, C distinct contexts of one order.
@@ -55,7 +55,8 @@ class KneserNey:
             lower = prob_N[order - 1 :]
             mixed = discounted / level.context_totals_C[context_at] + level.backoff_mass_C[context_at] * lower
             prob_N[order - 1 :] = np.where(known, mixed, lower)
-        return np.log(prob_N)
+        log_prob_N: Floats = np.log(prob_N)
+        return log_prob_N
 
 
 def pack(tokens_N: npt.NDArray[np.integer], order: int, bits: int) -> Keys:
@@ -78,7 +79,7 @@ def _level(grams: Keys, counts: npt.NDArray[np.int64], bits: int) -> Level:
     y = n1 / (n1 + 2 * n2)
     discounts = (0.0, 1 - 2 * y * n2 / n1, max(2 - 3 * y * n3 / n2, 0.0), max(3 - 4 * y * n4 / n3, 0.0))
     contexts, owner = np.unique(grams >> np.uint64(bits), return_inverse=True)
-    totals = np.bincount(owner, weights=counts)
+    totals = np.bincount(owner, weights=counts).astype(np.float64)
     mass = np.bincount(owner, weights=np.asarray(discounts)[np.minimum(counts, 3)])
     return Level(grams, counts, contexts, totals, mass / totals, discounts)
 

@@ -71,7 +71,7 @@ class Agreement:
 def agreement(target: Any, draft: Any, ids_BT: torch.Tensor, first: int = 0) -> Agreement:
     """Compare two models on windows, over positions `first` and later of each window."""
     match, accepted, count = 0.0, 0.0, 0
-    for rows in ids_BT.split(4):
+    for rows in torch.split(ids_BT, 4):
         p = target(rows, use_cache=False).logits[:, first:].float().softmax(dim=-1)
         q = draft(rows, use_cache=False).logits[:, first:].float().softmax(dim=-1)
         match += (p.argmax(dim=-1) == q.argmax(dim=-1)).sum().item()

@@ -21,9 +21,9 @@ class LayerReport:
         information_bits: mutual information between a token's class and the expert of one of its assignments.
         shuffled_bits_max: the largest value over shuffles of the labels between tokens.
         type_information_bits: the same with one label per vocabulary entry (its most frequent class).
-        type_shuffled_bits_mean, type_shuffled_bits_max: over shuffles of those labels between vocabulary entries
-            of similar frequency. Any gate that looks at token identity beats the first null; only one that
-            groups entries by syntax beats this one.
+        type_shuffled_bits_mean, type_shuffled_bits_max: over shuffles of those labels between vocabulary
+            entries of similar frequency. Any gate that looks at token identity beats the first null; only one
+            that groups entries by syntax beats this one.
         divergence_bits: per class, KL of its expert use from the layer's mean use.
         use: per class, share of assignments per expert.
     """
@@ -55,7 +55,8 @@ def mutual_information(joint_CE: Floats) -> float:
 def majority_labels(tokens_N: Ints, labels_N: Ints, vocab: int, classes: int) -> npt.NDArray[np.int64]:
     """Most frequent class of each vocabulary entry, [V]."""
     counts = np.bincount(tokens_N.astype(np.int64) * classes + labels_N, minlength=vocab * classes)
-    return counts.reshape(vocab, classes).argmax(axis=1)
+    majority: npt.NDArray[np.int64] = counts.reshape(vocab, classes).argmax(axis=1)
+    return majority
 
 
 def shuffle_within_frequency(
@@ -71,7 +72,14 @@ def shuffle_within_frequency(
 
 
 def layer_report(
-    tokens_N: Ints, labels_N: Ints, chosen_Nk: Ints, vocab: int, classes: int, experts: int, seed: int, draws: int
+    tokens_N: Ints,
+    labels_N: Ints,
+    chosen_Nk: Ints,
+    vocab: int,
+    classes: int,
+    experts: int,
+    seed: int,
+    draws: int,
 ) -> LayerReport:
     """Measure one layer against both nulls; `draws` shuffles each."""
     rng = np.random.default_rng(seed)
@@ -86,7 +94,9 @@ def layer_report(
     present = np.flatnonzero(frequency_V)
 
     def type_information(labels: npt.NDArray[np.int64]) -> float:
-        return mutual_information(joint_counts(labels[tokens_N.astype(np.int64)], chosen_Nk, classes, experts))
+        return mutual_information(
+            joint_counts(labels[tokens_N.astype(np.int64)], chosen_Nk, classes, experts)
+        )
 
     type_shuffled = []
     for _ in range(draws):

@@ -11,8 +11,8 @@ EOS = "<|endoftext|>"
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
 
-# Words carry at most one leading mark (" word", "_word", ".word", "(word"), digits stand alone, and newlines are
-# apart from the indentation that follows them.
+# Words carry at most one leading mark (" word", "_word", ".word", "(word"), digits stand alone, and newlines
+# are apart from the indentation that follows them.
 PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 CHAT_TEMPLATE = (
@@ -45,7 +45,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
     """Write `tokenizer.json`, `tokenizer_config.json` and the chat template into `folder`."""
-    wrapped = PreTrainedTokenizerFast(
+    wrapped = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         eos_token=EOS,
         pad_token=EOS,

@@ -1,7 +1,7 @@
 """Train the demo's Qwen3-MoE on the standard library's own source.
 
-    python -m moestro.demo.train fit --minutes 63        # about an hour on one CPU core; CUDA is used if present
-    python -m moestro.demo.train export demo/model       # last checkpoint -> Hugging Face layout, bfloat16
+    python -m moestro.demo.train fit --minutes 63     # about an hour on one CPU core; uses CUDA if present
+    python -m moestro.demo.train export demo/model    # last checkpoint -> Hugging Face layout, bfloat16
 
 Legend: B sequences, T positions.
 """
@@ -9,6 +9,7 @@ Legend: B sequences, T positions.
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,7 +49,7 @@ class Recipe:
 
 def model_config() -> Qwen3MoeConfig:
     """The demo's architecture: 8.1M parameters, of which 3.7M act on a token (head included)."""
-    return Qwen3MoeConfig(
+    return Qwen3MoeConfig(  # type: ignore[call-arg]
         vocab_size=VOCAB,
         hidden_size=256,
         intermediate_size=512,
@@ -111,11 +112,11 @@ def fixed_windows(split: Split, count: int, length: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def held_out_loss(params: dict[str, torch.Tensor], windows_BT: torch.Tensor, config: Any) -> float:
+def held_out_loss(params: Mapping[str, torch.Tensor], windows_BT: torch.Tensor, config: Any) -> float:
     """Mean loss in nats per token over fixed windows."""
     device = params["model.embed_tokens.weight"].device
     losses = []
-    for rows in windows_BT.to(device).split(8):
+    for rows in torch.split(windows_BT.to(device), 8):
         hidden = decoder(params, rows[:, :-1], config)
         head = params["model.embed_tokens.weight"]
         losses.append(cross_entropy(hidden.states_NM, head, rows[:, 1:].reshape(-1)).item())
@@ -134,7 +135,7 @@ def initial_model(seed: int) -> Qwen3MoeForCausalLM:
     return model
 
 
-def optimizer_for(params: dict[str, torch.Tensor], recipe: Recipe) -> torch.optim.AdamW:
+def optimizer_for(params: Mapping[str, torch.Tensor], recipe: Recipe) -> torch.optim.AdamW:
     """AdamW that decays matrices and leaves norms alone."""
     matrices = [value for value in params.values() if value.dim() > 1]
     vectors = [value for value in params.values() if value.dim() <= 1]
@@ -154,7 +155,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 @app.command()
 def fit(
-    minutes: Annotated[float, typer.Option(help="Length of the schedule in minutes of training time.")] = 63.0,
+    minutes: Annotated[float, typer.Option(help="The schedule's length in minutes of training.")] = 63.0,
     steps: Annotated[int, typer.Option(help="If positive, the schedule's length in steps instead.")] = 0,
     seed: Annotated[int, typer.Option(help="Seeds the weights and the order of the data.")] = 20,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
@@ -168,7 +169,8 @@ def fit(
     recipe = Recipe()
     _, train_split, held_split = prepare(cache)
     print(f"train {len(train_split.tokens_N)} tokens, held out {len(held_split.tokens_N)}", flush=True)
-    model = initial_model(seed).to(device)
+    model = initial_model(seed)
+    model.to(device)  # type: ignore[arg-type]
     params = dict(model.named_parameters())
     optimizer = optimizer_for(params, recipe)
     pieces: Pieces = compiled_pieces() if compiled else PLAIN
@@ -235,12 +237,14 @@ def save_model(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
     """Write a bfloat16 model with its tokenizer and generation settings in the Hugging Face layout."""
     eos_id, end_of_turn = tokenizer.token_to_id(EOS), tokenizer.token_to_id(IM_END)
     model = model.to(torch.bfloat16)
-    model.generation_config = GenerationConfig(eos_token_id=[eos_id, end_of_turn], pad_token_id=eos_id)
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        eos_token_id=[eos_id, end_of_turn], pad_token_id=eos_id
+    )
     model.save_pretrained(folder)
     config_file = folder / "config.json"
     config = json.loads(config_file.read_text())
     if "num_local_experts" in config:
-        # Published Qwen3-MoE checkpoints call this num_experts; transformers reads both, other engines only that.
+        # Published Qwen3-MoE checkpoints say num_experts: transformers reads both, other engines only that.
         config["num_experts"] = config.pop("num_local_experts")
     config_file.write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n")
     (folder / "model.safetensors").chmod(0o644)
