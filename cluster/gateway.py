@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 
 from moestro import __version__
+from moestro.cluster.backend import Backend
 from moestro.cluster.config import Config
 from moestro.cluster.directory import GroupEntry, RankState
 from moestro.cluster.edge.core import RequestCore
@@ -66,9 +68,9 @@ class Gateway:
         )
 
 
-def served_model(config: Config, backend: ClusterBackend) -> ServedModel:
+def served_model(config: Config, backend: Backend) -> ServedModel:
     """The configured checkpoint as the edge knows it. Raises CheckpointError when its text side is unusable."""
-    text = TextModel.load(config.model.path, name=config.model.served_name)
+    text = replace(TextModel.load(config.model.path), name=config.model.served_name)
     checkpoint = json.loads((config.model.path / "config.json").read_text(encoding="utf-8"))
     return ServedModel(
         text=text,

@@ -140,9 +140,7 @@ def fit(
     recipe = Recipe(peak_lr=4e-3, warmup_steps=60, weight_decay=0.05)
     tokenizer, train_split, held_split = prepare(cache)
     target = Qwen3MoeForCausalLM(model_config())
-    target.load_state_dict(
-        torch.load(cache / "checkpoint.pt", map_location="cpu", weights_only=True)["model"]
-    )
+    target.load_state_dict(torch.load(cache / "checkpoint.pt", map_location="cpu", weights_only=True)["model"])
     target.to(device)  # type: ignore[arg-type]
     # The target as it will be served: rounded to bfloat16.
     target_params = {name: p.detach().bfloat16().float() for name, p in target.named_parameters()}
@@ -154,9 +152,7 @@ def fit(
     params = dict(draft.named_parameters())
     if projected:
         with torch.no_grad():
-            params[EMBEDDING].copy_(
-                projected_embedding(target_params[EMBEDDING], params[EMBEDDING].shape[1], 0.05)
-            )
+            params[EMBEDDING].copy_(projected_embedding(target_params[EMBEDDING], params[EMBEDDING].shape[1], 0.05))
     optimizer = optimizer_for(params, recipe)
     pieces: Pieces = compiled_pieces() if compiled else PLAIN
     chunk = torch.compile(divergence_chunk, dynamic=False) if compiled else divergence_chunk

@@ -188,9 +188,7 @@ def decoder(params: Params, ids_BT: Tensor, config: Any, pieces: Pieces = PLAIN)
         pieces: plain or compiled parts.
     """
     B, T = ids_BT.shape
-    shape = Shape(
-        B, T, config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.rms_norm_eps
-    )
+    shape = Shape(B, T, config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.rms_norm_eps)
     cos, sin = rope_table(T, config.head_dim, config.rope_parameters["rope_theta"])
     cos, sin = cos.to(ids_BT.device, torch.bfloat16), sin.to(ids_BT.device, torch.bfloat16)
     x_NM = F.embedding(ids_BT.reshape(-1), params["model.embed_tokens.weight"])

@@ -16,9 +16,7 @@ from PIL import Image
 
 def plot_experts(layers: Sequence[dict[str, Any]], classes: Sequence[str], path: Path) -> None:
     """Draw, per layer, each class's use of each expert relative to the mean, as a small palette PNG."""
-    figure, axes = plt.subplots(
-        2, (len(layers) + 1) // 2, figsize=(11, 6.2), sharey=True, layout="constrained"
-    )
+    figure, axes = plt.subplots(2, (len(layers) + 1) // 2, figsize=(11, 6.2), sharey=True, layout="constrained")
     for index, (layer, axis) in enumerate(zip(layers, axes.flat, strict=False)):
         use = np.asarray(layer["use"])
         load = np.asarray(layer["load"])
@@ -33,9 +31,7 @@ def plot_experts(layers: Sequence[dict[str, Any]], classes: Sequence[str], path:
         axis.set_xticks(range(len(load)), ticks, fontsize=7)
         axis.set_yticks(range(len(classes)), classes, fontsize=8)
     figure.supxlabel("expert, and its share of the layer's assignments", fontsize=9)
-    figure.colorbar(
-        axes.flat[0].images[0], ax=axes, label="log2 of use by the class over mean use", shrink=0.8
-    )
+    figure.colorbar(axes.flat[0].images[0], ax=axes, label="log2 of use by the class over mean use", shrink=0.8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=90)
     plt.close(figure)

@@ -86,17 +86,14 @@ def layer_report(
     joint = joint_counts(labels_N, chosen_Nk, classes, experts)
     load = joint.sum(axis=0) / joint.sum()
     shuffled = [
-        mutual_information(joint_counts(rng.permutation(labels_N), chosen_Nk, classes, experts))
-        for _ in range(draws)
+        mutual_information(joint_counts(rng.permutation(labels_N), chosen_Nk, classes, experts)) for _ in range(draws)
     ]
     labels_V = majority_labels(tokens_N, labels_N, vocab, classes)
     frequency_V = np.bincount(tokens_N.astype(np.int64), minlength=vocab)
     present = np.flatnonzero(frequency_V)
 
     def type_information(labels: npt.NDArray[np.int64]) -> float:
-        return mutual_information(
-            joint_counts(labels[tokens_N.astype(np.int64)], chosen_Nk, classes, experts)
-        )
+        return mutual_information(joint_counts(labels[tokens_N.astype(np.int64)], chosen_Nk, classes, experts))
 
     type_shuffled = []
     for _ in range(draws):

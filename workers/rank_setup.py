@@ -97,7 +97,10 @@ def build_rank(spec: RankSpec, place: GroupPlace | None = None, on_progress: OnP
             dtype=_DTYPES[spec.dtype],
             device=device,
             tp=mesh.tp,
-            transport=replace(all_to_all(mesh, spread(checkpoint.config.num_experts, spec.shape.world_size)), shape=GroupShape(spec.shape.world_size, 1)),
+            transport=replace(
+                all_to_all(mesh, spread(checkpoint.config.num_experts, spec.shape.world_size)),
+                shape=GroupShape(spec.shape.world_size, 1),
+            ),
             on_progress=on_progress,
         )
         lockstep = make_lockstep(mesh, place.store)

@@ -47,9 +47,10 @@ def serve(
 
 def _serve(config: Config, console: Console) -> None:
     from moestro.cluster.serving.launch import running_cluster
-    from moestro.workers.checkpoint import check_servable
+    from moestro.workers.checkpoint import check_tokenizer, open_checkpoint
 
-    check_servable(config.model.path)  # a bad checkpoint is refused before anything is started
+    open_checkpoint(config.model.path)  # a bad checkpoint is refused before anything is started
+    check_tokenizer(config.model.path)
     _interrupt_once()
     try:
         with LoadingProgress(console) as progress, running_cluster(config, progress.show) as dashboard:

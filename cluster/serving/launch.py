@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import ray
 from ray import serve
@@ -72,7 +73,7 @@ def _ray(config: Config) -> Iterator[str]:
     # Without a token anyone who reaches Ray's ports can run code here; Ray makes the token on first use.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    common = {"namespace": APP_NAME, "log_to_driver": False, "logging_level": logging.WARNING}
+    common: dict[str, Any] = {"namespace": APP_NAME, "log_to_driver": False, "logging_level": logging.WARNING}
     if cluster.ray_address:
         context = ray.init(address=cluster.ray_address, **common)
     else:

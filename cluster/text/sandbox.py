@@ -75,14 +75,10 @@ _BUDGET: ContextVar[Budget] = ContextVar("budget")
 _WIDE = re.compile(r"\{[^}]*\{|%[-+ #0]*\*|%[^a-zA-Z]*\.\*|\d{4,}")
 
 _STR_METHODS = frozenset(
-    "capitalize casefold count endswith find format index isalnum isalpha isascii isdecimal isdigit isidentifier islower "
-    "isnumeric isprintable isspace istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind "
-    "rindex rpartition rsplit rstrip split splitlines startswith strip swapcase title upper".split()
+    ["capitalize", "casefold", "count", "endswith", "find", "format", "index", "isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "isidentifier", "islower", "isnumeric", "isprintable", "isspace", "istitle", "isupper", "join", "lower", "lstrip", "partition", "removeprefix", "removesuffix", "replace", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "split", "splitlines", "startswith", "strip", "swapcase", "title", "upper"]
 )
 _FILTERS = frozenset(
-    "abs attr bool capitalize count d default dictsort e escape filesizeformat first float forceescape format groupby "
-    "indent int items join last length list lower map max min reject rejectattr replace reverse round safe select "
-    "selectattr sort string striptags sum title trim unique upper urlencode wordcount".split()
+    ["abs", "attr", "bool", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "filesizeformat", "first", "float", "forceescape", "format", "groupby", "indent", "int", "items", "join", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "replace", "reverse", "round", "safe", "select", "selectattr", "sort", "string", "striptags", "sum", "title", "trim", "unique", "upper", "urlencode", "wordcount"]
 )
 
 
@@ -146,7 +142,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             return _percent(left, *(right if isinstance(right, tuple) else (right,)))
         return super().call_binop(context, operator, left, right)
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902, N805
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         budget = _BUDGET.get()
         budget.spend_step()
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")

@@ -90,7 +90,9 @@ def reference_logits(model: transformers.PreTrainedModel, ids: Sequence[int]) ->
 def reference_greedy(model: transformers.PreTrainedModel, ids: Sequence[int], num_tokens: int) -> list[int]:
     prompt = torch.tensor([list(ids)])
     mask = torch.ones_like(prompt)
-    out = model.generate(prompt, attention_mask=mask, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False)
+    out = model.generate(
+        prompt, attention_mask=mask, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False
+    )
     return out[0, len(ids) :].tolist()
 
 

@@ -6,8 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-
-from moestro.workers.loading import load_model
 from tests.model.oracle import (
     MODELS,
     Driver,
@@ -18,6 +16,8 @@ from tests.model.oracle import (
     reference_logits,
     save_model,
 )
+
+from moestro.workers.loading import load_model
 
 TOLERANCE = 2e-4  # max abs difference of logits, of the order of 10 at these weights
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from tests.model.oracle import MODELS, Driver, make_model, random_ids, reference_logits, save_model
 from torch import Tensor
 
 from moestro.protos.errors import ConfigError
 from moestro.workers.loading import load_model
 from moestro.workers.model.sharding import shard_heads, token_shard
 from moestro.workers.model_config import AttentionSpec
-from tests.model.oracle import MODELS, Driver, make_model, random_ids, reference_logits, save_model
 
 
 class Board:
