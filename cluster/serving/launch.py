@@ -70,8 +70,8 @@ def check_port(config: Config) -> None:
 def _ray(config: Config) -> Iterator[str]:
     """A connection to the given Ray cluster, or a cluster of our own for as long as the block runs."""
     cluster = config.cluster
-    # Without a token anyone who reaches Ray's ports can run code here; Ray makes the token on first use.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    # RAY_AUTH_MODE is left alone: Ray turns token authentication on for clusters it starts, and keeps the token in the
+    # user's home. Without it anyone who reaches Ray's ports could run code here.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     common: dict[str, Any] = {"namespace": APP_NAME, "log_to_driver": False, "logging_level": logging.WARNING}
     if cluster.ray_address:
