@@ -6,6 +6,7 @@ import struct
 
 import pytest
 import torch
+from tests.sampling.statistics import chi_square_fits, kolmogorov_smirnov_fits, uncorrelated
 
 from moestro.workers.sampling.noise import (
     GAMMA,
@@ -16,7 +17,6 @@ from moestro.workers.sampling.noise import (
     uniform_at,
     uniform_vocab,
 )
-from tests.sampling.statistics import chi_square_fits, kolmogorov_smirnov_fits, uncorrelated
 
 torch.set_num_threads(1)
 MASK = (1 << 64) - 1
