@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -73,6 +74,7 @@ def _ray(config: Config) -> Iterator[str]:
     # RAY_AUTH_MODE is left alone: Ray turns token authentication on for clusters it starts, and keeps the token in the
     # user's home. Without it anyone who reaches Ray's ports could run code here.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     common: dict[str, Any] = {"namespace": APP_NAME, "log_to_driver": False, "logging_level": logging.WARNING}
     if cluster.ray_address:
         context = ray.init(address=cluster.ray_address, **common)
@@ -87,6 +89,8 @@ def _ray(config: Config) -> Iterator[str]:
             dashboard_port=cluster.dashboard_port,
             **common,
         )
+    for each, handler in handlers.items():
+        signal.signal(each, handler)  # ray.init puts a crash reporter on SIGTERM; ours stops in order
     try:
         yield context.dashboard_url or ""
     finally:

@@ -72,7 +72,7 @@ async def attached(address: str, lost: list[RankLink] | None = None) -> AsyncIte
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
         while not condition():
-            await asyncio.sleep(0.005)  # noqa: ASYNC110 - nothing here signals
+            await asyncio.sleep(0.005)
 
 
 def request(name: str) -> SequenceRequest:
@@ -143,8 +143,8 @@ def test_a_lost_rank_fails_its_streams_and_says_so_once() -> None:
             stream = link.start([request("one")])
             await until(lambda: bool(rank.requests))
             rank.answer(SequenceDelta(rank.requests[0].sequence_id, (7,)))
-            await server.stop(0)
             assert await stream.next() == [SequenceDelta("one", (7,))]
+            await server.stop(0)
             with pytest.raises(Unavailable, match="a rank was lost"):
                 await stream.next()
             assert lost == [link]
@@ -152,7 +152,9 @@ def test_a_lost_rank_fails_its_streams_and_says_so_once() -> None:
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize(("secret", "epoch", "reason"), [("wrong", 2, "not a gateway"), ("s3cret", 1, "epoch 1 is over")])
+@pytest.mark.parametrize(
+    ("secret", "epoch", "reason"), [("wrong", 2, "not a gateway"), ("s3cret", 1, "epoch 1 is over")]
+)
 def test_strangers_and_the_past_are_refused(secret: str, epoch: int, reason: str) -> None:
     async def scenario() -> None:
         async with serving() as (_, address, _):

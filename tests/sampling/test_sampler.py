@@ -30,7 +30,7 @@ torch.set_num_threads(1)
 
 
 def row(prompt: Sequence[int] = (), output: Sequence[int] = (), position: int = 0, **params: Any) -> SamplingRow:
-    return SamplingRow(SamplingParams(**params), prompt, output, position)
+    return SamplingRow(SamplingParams(**params), (*prompt, *output), len(prompt), position)
 
 
 def logits(rows: int, vocab_size: int, seed: int = 0, scale: float = 3.0) -> Tensor:
@@ -281,7 +281,7 @@ def test_no_operation_waits_for_the_device_before_the_result() -> None:
         eos_token_ids=(1,),
         logprobs=3,
     )
-    rows = [SamplingRow(everything, (1, 2), (3,), 3), row(), row(top_p=0.5), row(temperature=0.0)]
+    rows = [SamplingRow(everything, (1, 2, 3), 2, 3), row(), row(top_p=0.5), row(temperature=0.0)]
     names = operations(logits(4, 64), rows)
     waiting = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
     assert not [name for name in names if name.split("::")[1].split(".")[0] in waiting]
