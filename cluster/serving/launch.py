@@ -18,11 +18,9 @@ from ray.serve.schema import ApplicationStatus
 
 from moestro.cluster.config import Config
 from moestro.cluster.directory import GroupEntry
-from moestro.cluster.serving.deployments import APP_NAME, build_app
+from moestro.cluster.serving.app import APP_NAME, build_app
 from moestro.cluster.serving.specs import rank_resources
 from moestro.protos.errors import ConfigError, MoestroError
-
-log = logging.getLogger(__name__)
 
 POLL_S = 0.1
 SERVE_CPUS = 1.0  # Serve's controller and the groups' own bundles ask for fractions of a CPU
@@ -41,6 +39,8 @@ def running_cluster(config: Config, on_progress: Progress) -> Iterator[str]:
     ``on_progress`` is called while the model loads. Raises ConfigError or StartFailed with nothing left running.
     """
     check_port(config)
+    for name in ("ray.serve", "ray._private.authentication"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # their running commentary is in Ray's own log files
     with _ray(config) as dashboard_url:
         serve.start(http_options={"location": "NoServer"}, logging_config={"log_level": "WARNING"})
         app = build_app(config, secret=secrets.token_hex(32))
@@ -94,9 +94,6 @@ def _ray(config: Config) -> Iterator[str]:
     try:
         yield context.dashboard_url or ""
     finally:
-        if not cluster.ray_address:
-            with suppress(Exception):
-                serve.shutdown()
         ray.shutdown()
 
 
