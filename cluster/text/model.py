@@ -101,7 +101,7 @@ class TextModel:
         return detokenizer.feed(ids) + detokenizer.flush()
 
     def token_text(self, token_id: int) -> str:
-        """One token for display: its text inside a text, bytes of unfinished characters as ``\\xNN``; unknown: empty."""
+        """One token for display: its text inside a text, bytes of unfinished characters as ``\\xNN``; unknown: ''."""
         token = self._tokens[token_id] if 0 <= token_id < len(self._tokens) else None
         if token is None:
             return ""
