@@ -1,5 +1,7 @@
 """Chat templates: equal to transformers' rendering, and hostile ones are stopped."""
 
+# ruff: noqa: E501  (templates are data)
+
 from __future__ import annotations
 
 import time
