@@ -213,7 +213,8 @@ class _Bounding(NodeTransformer):
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
-        node.iter = _filtered(node.iter, "_moestro_iterate")
+        iterable: nodes.Expr = node.iter  # type: ignore[assignment]  # jinja2 declares it a plain Node
+        node.iter = _filtered(iterable, "_moestro_iterate")
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:

@@ -8,7 +8,7 @@ Properties, for every prompt P, output O and cutting of O into pushes:
 from __future__ import annotations
 
 import random
-import re
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -50,17 +50,9 @@ def stream_text(stream: TextStream, chunks: list[list[int]]) -> str:
     return "".join(stream.push(chunk).text for chunk in chunks) + stream.finish()
 
 
-def ids_of(model: TextModel) -> st.SearchStrategy[list[int]]:
-    """Random ids, rich in special tokens and in bytes."""
-    several = (
-        st.integers(-1, model.vocab_size) if model.token_text(1) == "<s>" else st.integers(0, model.vocab_size - 1)
-    )
-    return st.lists(several, max_size=20)
-
-
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_stream_is_the_decode_in_context(
     models: dict[str, TextModel], kind: str, skip: bool, data: st.DataObject
@@ -77,7 +69,7 @@ def test_stream_is_the_decode_in_context(
 
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_decode_is_tokenizers(
     models: dict[str, TextModel], oracles: dict[str, Tokenizer], kind: str, skip: bool, data: st.DataObject
@@ -86,8 +78,10 @@ def test_decode_is_tokenizers(
     ids = data.draw(st.lists(st.integers(0, model.vocab_size - 1), max_size=20))
     expected = oracle.decode(ids, skip_special_tokens=skip)
     if kind == "sentencepiece" and "\ufffd" in expected:  # ill-formed runs differ on purpose, by U+FFFD only
-        assert re.sub("\ufffd+", "", expected) == "".join(c for c in expected if c != "\ufffd")
-        assert "\ufffd" in model.decode(ids, skip)
+        ours = model.decode(ids, skip)
+        assert "\ufffd" in ours
+        kept = iter(ours)  # what tokenizers keeps, we keep in order; we may keep more of an ill-formed run
+        assert all(char in kept for char in expected if char != "\ufffd")
     else:
         assert model.decode(ids, skip) == expected
 
@@ -101,7 +95,7 @@ def test_text_streams_back(models: dict[str, TextModel], kind: str, text: str) -
     streamed = stream_text(TextStream(model, prompt), [[token_id] for token_id in output])
     assert model.decode(prompt) + streamed == model.decode([*prompt, *output])
     if kind == "byte_level":
-        assert streamed == __import__("unicodedata").normalize("NFC", "x" + text)
+        assert streamed == unicodedata.normalize("NFC", "x" + text)
 
 
 def test_half_a_character_waits_and_ends_as_replacement(models: dict[str, TextModel]) -> None:
@@ -122,7 +116,7 @@ def test_ill_formed_bytes_are_never_held_for_long(models: dict[str, TextModel]) 
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_stop_strings_by_definition(models: dict[str, TextModel], kind: str, data: st.DataObject) -> None:
     """Whatever the cutting: the text before the first match to end, no character of the match, the tokens it took."""
