@@ -92,7 +92,9 @@ class Budget:
 
 _BUDGET: ContextVar[Budget] = ContextVar("budget")
 
-_WIDE = re.compile(r"\{[^}]*\{|%[-+ #0]*\*|%[^a-zA-Z]*\.\*|\d{4,}")
+# widths and precisions that could make a large result of a small value: over 3 digits, or taken from an argument
+_WIDE_PERCENT = re.compile(r"%(\([^)]*\))?[-+ #0]*(\*|\d{4,}|\d*\.(\*|\d{4,}))")
+_WIDE_BRACES = re.compile(r"\{[^{}]*(\{|\d{4,}[^{}]*\})")
 
 _STR_METHODS = frozenset(
     """capitalize casefold count endswith find format index isalnum isalpha isascii isdecimal isdigit isidentifier
@@ -194,7 +196,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         template = str(value.__self__)
 
         def bounded_format(*args: Any, **kwargs: Any) -> str:
-            _check_format(template)
+            _check_format(template.replace("{{", "").replace("}}", ""), _WIDE_BRACES)
             _check_args((*args, *kwargs.values()), template.count("{"), len(template))
             return wrapper(*args, **kwargs)
 
@@ -329,15 +331,13 @@ def _indent(s: Any, width: int | str = 4, first: bool = False, blank: bool = Fal
 def _percent(value: Any, *args: Any, **kwargs: Any) -> str:
     _BUDGET.get().spend_step()
     template = str(value)
-    _check_format(template)
+    _check_format(template.replace("%%", ""), _WIDE_PERCENT)
     _check_args((*args, *kwargs.values()), template.count("%"), len(template))
     return template % (kwargs or args)
 
 
-def _check_format(template: str) -> None:
-    """Refuse widths and precisions that could make a large result of a small value."""
-    plain = template.replace("{{", "").replace("}}", "")
-    if _WIDE.search(plain):
+def _check_format(template: str, wide: re.Pattern[str]) -> None:
+    if wide.search(template):
         raise TemplateBoundExceeded("a format width or precision of more than 3 digits, or taken from an argument")
 
 

@@ -39,7 +39,7 @@ TEMPLATES = {
     "{% for m in messages if m.role == 'user' %}{{ loop.index }}{{ m.content }}{% endfor %}",
     "filters": "{{ messages | map(attribute='role') | join(', ') }}{{ messages | selectattr('role', 'equalto', 'user') | list "
     "| length }}{{ messages[1].content | indent(4) }}{{ 'a\\nb\\n\\nc' | indent(2, true) }}{{ 'aXbX' | replace('X', 'yy') }}"
-    "{{ 'aXbX'.replace('X', '-', 1) }}{{ ', '.join(['a', 'b']) }}{{ '%05.1f' % 2.5 }}{{ '{}-{:>4}'.format(1, 'b') }}"
+    "{{ 'aXbX'.replace('X', '-', 1) }}{{ ', '.join(['a', 'b']) }}{{ '%05.1f' % 2.5 }}{{ '{}-{:>4}'.format(1, 'b') }}{{ 'Today 2024, {{{}}}'.format(1) }}{{ '{\"a\": {\"b\": %s}} of 20240101' % 3 }}{{ '%(a)5.2f%%' | format(a=2) }}"
     "{{ tools is none }}{{ 'ab' * 3 }}{{ 7 // 2 ** 2 }}{{ (1, 2) + (3,) }}{{ undefined_thing | default('d') }}",
     "generation": "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
     "{% else %}{{ m.content | upper }}{% endif %}{% endfor %}",
@@ -117,6 +117,9 @@ HUNGRY = [
     "{{ '%999999999d' % 1 }}",
     "{{ '%*d' % (999999999, 1) }}",
     "{{ '%.999999999f' % 1 }}",
+    "{{ '%(a)999999999d' | format(a=1) }}",
+    "{{ '%%%999999999d' % 1 }}",
+    "{{ '{{{:999999999}}}'.format(1) }}",
     "{{ '{:999999999}'.format(1) }}",
     "{{ '{:{}}'.format(1, 999999999) }}",
     "{{ '%999999999d' | format(1) }}",
