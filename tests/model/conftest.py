@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from tests.model.oracle import make_model, save_model
 
 from moestro.workers.loading import load_model
 from moestro.workers.model.decoder import Decoder
-from tests.model.oracle import make_model, save_model
 
 Pair = tuple[transformers.PreTrainedModel, Decoder]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -90,7 +91,9 @@ def reference_logits(model: transformers.PreTrainedModel, ids: Sequence[int]) ->
 def reference_greedy(model: transformers.PreTrainedModel, ids: Sequence[int], num_tokens: int) -> list[int]:
     prompt = torch.tensor([list(ids)])
     mask = torch.ones_like(prompt)
-    out = model.generate(prompt, attention_mask=mask, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False)
+    out = model.generate(
+        prompt, attention_mask=mask, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False
+    )
     return out[0, len(ids) :].tolist()
 
 
@@ -116,7 +119,7 @@ class Driver:
         batch = self.batch(spans)
         logits = self.decoder.forward(batch, self.cache)
         starts = batch.query_start_S1
-        return [logits[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+        return [logits[a:b] for a, b in pairwise(starts)]
 
     def batch(self, spans: Sequence[tuple[int, Sequence[int]]]) -> Batch:
         assert [len(ids) > 1 for _, ids in spans] == sorted(len(ids) > 1 for _, ids in spans), "decodes come first"

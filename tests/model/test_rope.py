@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from tests.model.oracle import Driver, greedy, random_ids, reference_greedy, reference_logits
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from moestro.kernels.rotary import rotary_tables, rotate, rotate_reference
 from moestro.workers.architectures import parse_config
 from moestro.workers.model.rope import make_rope
-from tests.model.oracle import Driver, greedy, random_ids, reference_greedy, reference_logits
 
 VARIANTS: dict[str, dict[str, object]] = {
     "linear": {"rope_type": "linear", "factor": 3.0},

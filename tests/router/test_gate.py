@@ -45,7 +45,9 @@ def test_among_equals_the_smaller_id_comes_first(num_experts):
 
 
 def test_ids_are_distinct_and_weights_in_order_for_extreme_logits():
-    logits_TE = torch.tensor([[-1e30, 1e30, 0.0, 0.0], [float("-inf"), 0.0, 3.0, float("-inf")], [-0.0, 0.0, -0.0, 0.0]])
+    logits_TE = torch.tensor(
+        [[-1e30, 1e30, 0.0, 0.0], [float("-inf"), 0.0, 3.0, float("-inf")], [-0.0, 0.0, -0.0, 0.0]]
+    )
     ids_TK, weights_TK = softmax_topk(logits_TE, 3, renormalize=False)
     assert ids_TK.tolist() == [[1, 0, 2], [2, 1, 0], [0, 1, 2]]
     assert (weights_TK[:, :-1] >= weights_TK[:, 1:]).all()
