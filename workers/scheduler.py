@@ -291,8 +291,10 @@ class Scheduler:
         if not self._waiting or self._spare + len(self._running) - index < 1:
             return False
         sequence = self._waiting[0]
-        num_found = self._tables.find_prefix(sequence)
         victims = self._running[index:]
+        if not victims and not self._may_fit(index):
+            return False
+        num_found = self._tables.find_prefix(sequence)
         if victims and not self._fits(sequence, index, num_found, victims):
             return False
         while not self._fits(sequence, index, num_found, ()):
@@ -310,6 +312,12 @@ class Scheduler:
             sequence.num_cached = min(num_found * self.config.block_size, sequence.num_prompt)
         self._tables.hold(sequence, self._reservation.num_tokens(sequence), num_found)
         return True
+
+    def _may_fit(self, index: int) -> bool:
+        """A slot, and in every group a block beyond those to stay free: what any sequence needs. Looked at first, since
+        a full rank should not search for the prefix of the same sequence in every step."""
+        free = min(pool.num_free for pool in self._pools)
+        return len(self._running) < self.config.max_num_sequences and free > self._reservation.num_spare(index)
 
     def _fits(self, sequence: SequenceState, index: int, num_found: int, victims: Sequence[SequenceState]) -> bool:
         """Whether there is a slot and blocks, were ``victims`` gone. The ``index`` sequences before it may count on the

@@ -40,7 +40,6 @@ class SequenceState:
         "num_preemptions",
         "num_prompt",
         "num_published",
-        "num_replayed",
         "num_steps",
         "priority",
         "prompt_logprobs",
@@ -58,7 +57,6 @@ class SequenceState:
         self.key = (request.priority, arrival)  # the total order of service
         self.token_ids: list[int] = [*request.prompt_ids, *request.output_ids]
         self.num_prompt = len(request.prompt_ids)
-        self.num_replayed = len(request.output_ids)
         self.max_known = min(self.num_prompt + sampling.max_tokens, context_limit)  # known tokens at which it ends
         self.end_ids = _end_ids(sampling.stop_token_ids, () if sampling.ignore_eos else sampling.eos_token_ids)
         self.num_computed = 0

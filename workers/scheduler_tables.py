@@ -43,8 +43,9 @@ class TableManager:
         found = 0
         while found < most:
             digest = self._digest(sequence, found)
-            if any(pool.find(digest) is None for pool in self._pools):
-                break
+            for pool in self._pools:
+                if pool.find(digest) is None:
+                    return found
             found += 1
         return found
 
