@@ -87,29 +87,37 @@ def prompt_round(length: int, is_cached: bool) -> dict[str, float]:
 
 
 def policy_run(
-    admission: Literal["continuous", "static"], reservation: Literal["paged", "max_length"]
+    slots: int, blocks: int, admission: Literal["continuous", "static"], reservation: Literal["paged", "max_length"]
 ) -> dict[str, float]:
-    """64 sequences with lognormal output lengths over 16 slots and a pool of 256 blocks. Exact counts, no times: steps
-    until all have ended, and how many run in a step on average. A step costs about the same however many decode, so
+    """64 sequences with lognormal output lengths. Exact counts, no times: steps until all have ended, and how many run
+    on average, over all steps and while others wait. A step that decodes costs about the same for few as for many, so
     fewer steps are more throughput."""
     rng = random.Random(0)
-    config = SchedulerConfig((CacheGroup(None, 257),), BLOCK_SIZE, 16, 512, 1024, 64, admission, reservation)
+    config = SchedulerConfig(
+        (CacheGroup(None, blocks + 1),), BLOCK_SIZE, slots, 512, 1024, 64, admission=admission, reservation=reservation
+    )
     scheduler = Scheduler(config)
     for number in range(64):
         # The client does not know the length beforehand and asks for up to 512; an end token comes when it comes.
         sampling = SamplingParams(max_tokens=512, eos_token_ids=(0,))
         scheduler.add(SequenceRequest(str(number), tuple(range(1 + number, 33 + number)), sampling), 0.0)
     lengths = {str(number): min(512, max(1, round(rng.lognormvariate(4.0, 1.0)))) for number in range(64)}
-    steps, running = 0, 0
+    running, contended = [], []
     while scheduler.has_work:
         plan = scheduler.plan(0.0)
+        running.append(len(plan.spans))
+        if scheduler.load().num_waiting:
+            contended.append(len(plan.spans))
         sampled = {}
         for span in plan.spans:
             name = span.sequence.sequence_id
             sampled[name] = SampledToken(0 if span.sequence.num_output + 1 >= lengths[name] else 1)
-        steps, running = steps + 1, running + len(plan.spans)
         scheduler.apply(plan, sampled, 0.0)
-    return {"steps": steps, "mean_running": running / steps}
+    return {
+        "steps": len(running),
+        "mean_running": statistics.mean(running),
+        "mean_running_while_others_wait": statistics.mean(contended) if contended else 0.0,
+    }
 
 
 def measure(cases: dict[str, Callable[[], dict[str, float]]], rounds: int) -> dict[str, dict[str, list[float]]]:
@@ -164,12 +172,18 @@ def main(rounds: int = 5, steps: int = 200, output: Path = ROOT / "benchmarks" /
         table.add_row(name, *cells)
     Console(width=110).print(table)
 
-    policies = {f"{a}, {r}": policy_run(a, r) for a in ("continuous", "static") for r in ("paged", "max_length")}
-    counts = Table(title="64 sequences, lognormal lengths, 16 slots, 256 blocks")
-    for column in ("admission, reservation", "steps", "running on average"):
+    policies = {
+        "continuous admission, 16 slots": policy_run(16, 4096, "continuous", "paged"),
+        "static admission, 16 slots": policy_run(16, 4096, "static", "paged"),
+        "blocks on demand, 256 blocks": policy_run(64, 256, "continuous", "paged"),
+        "blocks for max_tokens, 256 blocks": policy_run(64, 256, "continuous", "max_length"),
+    }
+    counts = Table(title="Policies: 64 sequences, prompts of 32, up to 512 tokens, lognormal lengths")
+    for column in ("policy", "steps", "running", "running while others wait"):
         counts.add_column(column)
     for name, count in policies.items():
-        counts.add_row(name, f"{count['steps']}", f"{count['mean_running']:.1f}")
+        means = (count["mean_running"], count["mean_running_while_others_wait"])
+        counts.add_row(name, f"{count['steps']}", *(f"{mean:.1f}" for mean in means))
     Console(width=110).print(counts)
 
     record = {

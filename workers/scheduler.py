@@ -16,7 +16,7 @@ from itertools import pairwise
 from operator import attrgetter
 from types import MappingProxyType
 
-from moestro.protos.errors import ContextOverflow, FieldViolation, InvalidRequest, Overloaded
+from moestro.protos.errors import FieldViolation, InvalidRequest, Overloaded
 from moestro.protos.sequences import (
     EngineLoad,
     FinishReason,
@@ -28,6 +28,7 @@ from moestro.protos.sequences import (
 from moestro.workers.kv_blocks import BlockPool
 from moestro.workers.scheduler_config import SchedulerConfig
 from moestro.workers.scheduler_policies import ADMISSIONS, RESERVATIONS
+from moestro.workers.scheduler_refusals import why_never
 from moestro.workers.scheduler_sequence import SequenceState, Span, StepPlan
 from moestro.workers.scheduler_tables import TableManager
 
@@ -72,7 +73,7 @@ class Scheduler:
     def check(self, request: SequenceRequest) -> str | None:
         """Why a sequence could never be served here, or None. ``max_tokens`` beyond the context is no reason: the
         sequence ends with LENGTH where the context does."""
-        refusal = self._refusal(request)
+        refusal = why_never(request, self.context_limit)
         return None if refusal is None else str(refusal)
 
     def add(self, request: SequenceRequest, now: float) -> None:
@@ -80,7 +81,7 @@ class Scheduler:
         has a reason (ContextOverflow if it is the context) or the id is in use; nothing has changed then."""
         if request.sequence_id in self._by_id:
             raise InvalidRequest([FieldViolation("sequence_id", f"{request.sequence_id!r} is in use")])
-        refusal = self._refusal(request)
+        refusal = why_never(request, self.context_limit)
         if refusal is not None:
             raise refusal
         if len(self._waiting) >= self.config.max_waiting:
@@ -249,19 +250,6 @@ class Scheduler:
                 assert s.num_computed == start < start + length <= s.capacity, f"{s}: no room for {length}"
                 assert samples == (start + length == len(s.token_ids)), f"{s}: samples is {samples}"
         self._tables.check_integrity(running)
-
-    def _refusal(self, request: SequenceRequest) -> InvalidRequest | None:
-        num_prompt, num_output = len(request.prompt_ids), len(request.output_ids)
-        max_tokens = request.sampling.max_tokens
-        if num_prompt == 0:
-            return InvalidRequest([FieldViolation("prompt_ids", "must hold at least 1 token, not 0")])
-        if num_prompt + num_output + 1 > self.context_limit:
-            bound = f"must leave room for 1 more token in a context of {self.context_limit}"
-            return ContextOverflow([FieldViolation("prompt_ids", f"{bound}, not hold {num_prompt + num_output}")])
-        if num_output >= max_tokens:
-            bound = f"must hold fewer than max_tokens ({max_tokens}) tokens, not {num_output}"
-            return InvalidRequest([FieldViolation("output_ids", bound)])
-        return None
 
     # Inside a step.
 
