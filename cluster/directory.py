@@ -5,7 +5,7 @@ Holds nothing that the groups could not tell again, so losing it loses nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 
 
@@ -50,12 +50,19 @@ class Directory:
 
     version: int = 0
     groups: dict[str, GroupEntry] = field(default_factory=dict)
+    epochs: dict[str, int] = field(default_factory=dict)
+
+    def begin_epoch(self, name: str) -> int:
+        """The next epoch of a group."""
+        self.epochs[name] = self.epochs.get(name, 0) + 1
+        return self.epochs[name]
 
     def put(self, group: GroupEntry) -> bool:
         """Inserts or replaces a group. Says whether anything changed; an entry of an older epoch changes nothing."""
-        known = self.groups.get(group.name)
-        if known == group or (known is not None and known.epoch > group.epoch):
+        latest = self.epochs.setdefault(group.name, group.epoch)
+        if group.epoch < latest or self.groups.get(group.name) == group:
             return False
+        self.epochs[group.name] = group.epoch
         self.groups[group.name] = group
         self.version += 1
         return True
@@ -72,10 +79,3 @@ class Directory:
     def snapshot(self) -> tuple[GroupEntry, ...]:
         """Every group, by name."""
         return tuple(self.groups[name] for name in sorted(self.groups))
-
-
-def with_rank(group: GroupEntry, rank: int, **changes: object) -> GroupEntry:
-    """The group with one rank's entry changed."""
-    ranks = list(group.ranks)
-    ranks[rank] = replace(ranks[rank], **changes)  # type: ignore[arg-type]
-    return replace(group, ranks=tuple(ranks))

@@ -1,6 +1,4 @@
-"""Where the bundled checkpoints are."""
-
-from __future__ import annotations
+"""Where the bundled demo model and its draft live, next to this file."""
 
 from pathlib import Path
 

@@ -6,8 +6,9 @@ import asyncio
 import logging
 from collections.abc import Iterable, Sequence
 
+from moestro.cluster.delta_streams import QueuedDeltas
 from moestro.cluster.directory import GroupEntry
-from moestro.cluster.ranks.link import RankLink, RequestStream
+from moestro.cluster.ranks.link import RankLink
 from moestro.protos.errors import Unavailable
 from moestro.protos.sequences import EngineLimits, EngineLoad, SequenceRequest
 
@@ -43,7 +44,7 @@ class ClusterBackend:
             raise Unavailable("no rank is serving yet")
         return self._limits
 
-    def start(self, sequences: Sequence[SequenceRequest]) -> RequestStream:
+    def start(self, sequences: Sequence[SequenceRequest]) -> QueuedDeltas:
         links = list(self._links.values())
         if not links:
             raise Unavailable("no rank is serving now")

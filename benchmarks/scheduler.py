@@ -1,0 +1,153 @@
+"""What the scheduler costs the host: ``plan`` and ``apply`` of one step, and taking in a prompt.
+
+    python benchmarks/scheduler.py [--rounds 5] [--steps 200]
+
+Steady decoding: every running sequence gets one token a step; the table shows the median over rounds of the median
+step, and the range of those medians. Sizes are interleaved, so that a busy moment of the machine hits all of them. One
+step in sixteen takes and names a block for a sequence, as in real decoding: the prompts have different lengths.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from moestro.protos.sequences import SampledToken, SamplingParams, SequenceRequest
+from moestro.workers.scheduler import Scheduler
+from moestro.workers.scheduler_config import CacheGroup, SchedulerConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK_SIZE = 16
+PROMPT = 100
+SIZES = (1, 16, 64, 256, 1024, 4096)
+LAYOUTS = {"full": (None,), "full and window 128": (None, 128)}
+
+
+def filled(windows: tuple[int | None, ...], size: int, steps: int) -> Scheduler:
+    """A scheduler with ``size`` sequences, all of them decoding."""
+    longest = PROMPT + BLOCK_SIZE + steps + 8
+    blocks = 1 + size * (longest // BLOCK_SIZE + 2)
+    groups = tuple(CacheGroup(window, blocks) for window in windows)
+    config = SchedulerConfig(groups, BLOCK_SIZE, size, max(size, 8192), 4096, size)
+    scheduler = Scheduler(config)
+    for number in range(size):
+        prompt = tuple(range(number, number + PROMPT + number % BLOCK_SIZE))
+        scheduler.add(SequenceRequest(str(number), prompt, SamplingParams(max_tokens=3000)), 0.0)
+    while True:
+        plan = scheduler.plan(0.0)
+        scheduler.apply(plan, {span.sequence.sequence_id: SampledToken(7) for span in plan.spans if span.samples}, 0.0)
+        if plan.num_decodes == size:
+            return scheduler
+
+
+def decode_round(windows: tuple[int | None, ...], size: int, steps: int) -> dict[str, float]:
+    """Median milliseconds of a step, and of its two halves."""
+    scheduler = filled(windows, size, steps)
+    sampled = {str(number): SampledToken(7) for number in range(size)}
+    plans, applies = [], []
+    for _ in range(steps):
+        t0 = time.perf_counter()
+        plan = scheduler.plan(0.0)
+        t1 = time.perf_counter()
+        scheduler.apply(plan, sampled, 0.0)
+        t2 = time.perf_counter()
+        plans.append((t1 - t0) * 1e3)
+        applies.append((t2 - t1) * 1e3)
+    both = [p + a for p, a in zip(plans, applies, strict=True)]
+    return {"plan": statistics.median(plans), "apply": statistics.median(applies), "step": statistics.median(both)}
+
+
+def prompt_round(length: int, is_cached: bool) -> dict[str, float]:
+    """Milliseconds to add, plan and apply one prompt that is computed in one step, then known or not."""
+    config = SchedulerConfig((CacheGroup(None, 4 * length // BLOCK_SIZE),), BLOCK_SIZE, 1, length, length + 1, 1)
+    scheduler = Scheduler(config)
+    prompt = tuple(range(length))
+
+    def serve(name: str) -> float:
+        t0 = time.perf_counter()
+        scheduler.add(SequenceRequest(name, prompt, SamplingParams(max_tokens=1)), 0.0)
+        scheduler.apply(scheduler.plan(0.0), {name: SampledToken(7)}, 0.0)
+        return (time.perf_counter() - t0) * 1e3
+
+    first = serve("first")
+    return {"step": serve("second") if is_cached else first}
+
+
+def measure(cases: dict[str, Callable[[], dict[str, float]]], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Every case once a round; for each quantity its value in each round."""
+    results: dict[str, dict[str, list[float]]] = {name: {} for name in cases}
+    for _ in range(rounds):
+        for name, case in cases.items():
+            for quantity, value in case().items():
+                results[name].setdefault(quantity, []).append(value)
+    return results
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    return {"median_ms": statistics.median(values), "min_ms": min(values), "max_ms": max(values)}
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def main(rounds: int = 5, steps: int = 200, output: Path = ROOT / "benchmarks" / "results" / "scheduler.json") -> None:
+    """Measures, prints a table, writes JSON."""
+    decode = {
+        f"{layout}, {size} running": (lambda w=windows, n=size: decode_round(w, n, max(20, steps * 256 // max(n, 256))))
+        for layout, windows in LAYOUTS.items()
+        for size in SIZES
+    }
+    prompts = {
+        f"prompt of {length}, {'cached' if is_cached else 'new'}": (lambda n=length, c=is_cached: prompt_round(n, c))
+        for length in (2048, 32768)
+        for is_cached in (False, True)
+    }
+    results = measure({**decode, **prompts}, rounds)
+
+    table = Table(title=f"Scheduler, milliseconds (median of {rounds} rounds, range)")
+    for column, justify in (("case", "left"), ("plan", "right"), ("apply", "right"), ("plan + apply", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for name, quantities in results.items():
+        cells = []
+        for quantity in ("plan", "apply", "step"):
+            s = summary(quantities[quantity]) if quantity in quantities else None
+            cells.append("" if s is None else f"{s['median_ms']:.3f} ({s['min_ms']:.3f}..{s['max_ms']:.3f})")
+        table.add_row(name, *cells)
+    Console(width=110).print(table)
+
+    record = {
+        "benchmark": "scheduler",
+        "hardware": {"processor": processor(), "cores": os.cpu_count()},
+        "python": platform.python_version(),
+        "commit": commit(),
+        "rounds": rounds,
+        "results": {
+            name: {q: summary(values) for q, values in quantities.items()} for name, quantities in results.items()
+        },
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,41 @@
+"""``moestro``: the command line. Each command lives in a file of its own and imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+
+from moestro import __version__
+from moestro.cluster.cli import bench, config, generate, serve, status
+from moestro.protos.errors import MoestroError
+
+app = typer.Typer(
+    help="Moestro: a distributed Mixture-of-Experts serving cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+app.command()(serve.serve)
+app.command()(generate.generate)
+app.command()(generate.chat)
+app.command()(status.status)
+app.command()(bench.bench)
+app.command()(config.config)
+
+
+@app.command()
+def version() -> None:
+    """Prints the version."""
+    typer.echo(__version__)
+
+
+def main() -> None:
+    """The entry point: errors raised on purpose become one line and exit code 1."""
+    try:
+        app()
+    except MoestroError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
+        sys.exit(1)

@@ -1,0 +1,90 @@
+"""``moestro serve``: a cluster in the foreground, until Ctrl-C or SIGTERM."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from moestro.cluster.cli.progress import LoadingProgress
+from moestro.cluster.config import Config, load_config
+
+
+def serve(
+    model: Annotated[
+        Path | None, typer.Argument(help="Checkpoint folder in the Hugging Face layout. Left out: the bundled demo.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name clients see; default: the folder's.")] = None,
+    dp: Annotated[int | None, typer.Option(help="Data-parallel ranks of a group.")] = None,
+    tp: Annotated[int | None, typer.Option(help="Tensor-parallel ranks of each of them.")] = None,
+    groups: Annotated[int | None, typer.Option(help="Copies of the model.")] = None,
+    gateways: Annotated[int | None, typer.Option(help="Gateway processes.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="gRPC port; default 50051.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    ray_address: Annotated[str | None, typer.Option(help="An existing Ray cluster, e.g. auto or host:6379.")] = None,
+    file: Annotated[Path | None, typer.Option("--config", help="TOML file; see `moestro config`.")] = None,
+) -> None:
+    """Starts a cluster and serves a checkpoint over gRPC, in the foreground. Ctrl-C or SIGTERM stops everything."""
+    settings = load_config(
+        file,
+        {
+            "model": {"path": model, "name": name},
+            "cluster": {"dp": dp, "tp": tp, "groups": groups, "gateways": gateways, "ray_address": ray_address},
+            "server": {"host": host, "port": port},
+            "rank": {"device": device},
+        },
+    )
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    _serve(settings, Console(stderr=True))
+
+
+def _serve(config: Config, console: Console) -> None:
+    from moestro.cluster.serving.launch import running_cluster
+    from moestro.workers.checkpoint import check_tokenizer, open_checkpoint
+
+    open_checkpoint(config.model.path)  # a bad checkpoint is refused before anything is started
+    check_tokenizer(config.model.path)
+    _interrupt_once()
+    try:
+        with LoadingProgress(console) as progress, running_cluster(config, progress.show) as dashboard:
+            progress.stop()
+            console.print(ready_line(config, dashboard), highlight=False)
+            threading.Event().wait()
+    except KeyboardInterrupt:
+        console.print("stopped", highlight=False)
+
+
+def _interrupt_once() -> None:
+    """SIGTERM means what Ctrl-C means; once stopping, further signals must not cut it short."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, interrupt)
+
+
+def ready_line(config: Config, dashboard: str) -> str:
+    """What a person needs to make the first call."""
+    server, cluster = config.server, config.cluster
+    address = f"{'localhost' if server.host in ('127.0.0.1', '0.0.0.0', '::') else server.host}:{server.port}"
+    ranks = f"{cluster.groups} group{'s' * (cluster.groups > 1)} of dp {cluster.dp} x tp {cluster.tp}"
+    lines = [
+        f"[bold green]ready[/]  {config.model.served_name} on {address}, {ranks}",
+        f'  moestro generate --address {address} "def fibonacci(n):"',
+        f"  python -c 'from moestro.cluster.client import Client; "
+        f'print(Client("{address}").generate("def fibonacci(n):").text)\'',
+    ]
+    if dashboard:
+        lines.append(f"  dashboard  http://{dashboard}")
+    lines.append("  Ctrl-C stops everything")
+    return "\n".join(lines)

@@ -1,0 +1,100 @@
+"""SwiGLU experts over rows that are sorted by expert.
+
+Legend: R rows, D model width, I expert width, L experts held here; ``counts_L[e]`` rows belong to expert e, in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from moestro.kernels.linear import Linear, can_pack, make_linear
+
+Fill = Callable[[int, Tensor, Tensor], None]
+
+
+class GroupedExperts(Protocol):
+    """y_RD[r] = down(silu(gate(x)) * up(x)) with the weights of row r's expert."""
+
+    def apply(self, x_RD: Tensor, counts_L: Tensor) -> Tensor: ...
+
+
+def swiglu(gate_up_R2I: Tensor) -> Tensor:
+    """``silu(gate) * up`` of a fused product whose first half is the gate."""
+    gate_RI, up_RI = gate_up_R2I.chunk(2, -1)
+    return silu(gate_RI) * up_RI
+
+
+@dataclass(frozen=True, slots=True)
+class LoopedExperts:
+    """One product per expert that has rows. Reads ``counts_L`` on the host: for CPU, and for CUDA in fp32."""
+
+    gate_up_L: tuple[Linear, ...]
+    down_L: tuple[Linear, ...]
+
+    def apply(self, x_RD: Tensor, counts_L: Tensor) -> Tensor:
+        if x_RD.shape[0] == 0:
+            return x_RD
+        counts = counts_L.tolist()
+        used = [e for e, count in enumerate(counts) if count]
+        pieces = torch.split_with_sizes(x_RD, [counts[e] for e in used])
+        hidden_R2I = torch.cat([self.gate_up_L[e].apply(x) for e, x in zip(used, pieces, strict=True)])
+        pieces = torch.split_with_sizes(swiglu(hidden_R2I), [counts[e] for e in used])
+        return torch.cat([self.down_L[e].apply(x) for e, x in zip(used, pieces, strict=True)])
+
+
+@dataclass(frozen=True, slots=True)
+class StackedExperts:
+    """All experts in one grouped product (``torch._grouped_mm``): bf16 on CUDA, no synchronisation with the host."""
+
+    gate_up_L2ID: Tensor
+    down_LDI: Tensor
+
+    def apply(self, x_RD: Tensor, counts_L: Tensor) -> Tensor:
+        if x_RD.shape[0] == 0:
+            return x_RD
+        ends_L = counts_L.cumsum(0).to(torch.int32)
+        hidden_R2I = torch._grouped_mm(x_RD, self.gate_up_L2ID.transpose(1, 2), offs=ends_L)
+        return torch._grouped_mm(swiglu(hidden_R2I), self.down_LDI.transpose(1, 2), offs=ends_L)
+
+
+def make_experts(
+    num: int, width: int, model_width: int, dtype: torch.dtype, device: torch.device, fill: Fill
+) -> GroupedExperts:
+    """Builds ``num`` experts; ``fill(e, gate_up_2ID, down_DI)`` writes expert e's weights into the tensors it is given.
+
+    Where weights are repacked that happens expert by expert, so that one expert at most is held twice.
+    """
+    if can_pack(device, dtype):
+        gate_ups, downs = [], []
+        for e in range(num):
+            gate_up_2ID = torch.empty(2 * width, model_width, dtype=dtype, device=device)
+            down_DI = torch.empty(model_width, width, dtype=dtype, device=device)
+            fill(e, gate_up_2ID, down_DI)
+            gate_ups.append(make_linear(gate_up_2ID))
+            downs.append(make_linear(down_DI))
+        return LoopedExperts(tuple(gate_ups), tuple(downs))
+    gate_up_L2ID = torch.empty(num, 2 * width, model_width, dtype=dtype, device=device)
+    down_LDI = torch.empty(num, model_width, width, dtype=dtype, device=device)
+    for e in range(num):
+        fill(e, gate_up_L2ID[e], down_LDI[e])
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        return StackedExperts(gate_up_L2ID, down_LDI)
+    return LoopedExperts(
+        tuple(make_linear(w) for w in gate_up_L2ID.unbind()), tuple(make_linear(w) for w in down_LDI.unbind())
+    )
+
+
+def experts_reference(x_RD: Tensor, counts_L: Tensor, gate_up_L2ID: Tensor, down_LDI: Tensor) -> Tensor:
+    """The definition, row by row, in fp64."""
+    expert_R = torch.repeat_interleave(torch.arange(len(counts_L), device=counts_L.device), counts_L)
+    rows = []
+    for x_D, e in zip(x_RD.double(), expert_R.tolist(), strict=True):
+        gate_I, up_I = (gate_up_L2ID[e].double() @ x_D).chunk(2)
+        rows.append(down_LDI[e].double() @ (gate_I / (1 + torch.exp(-gate_I)) * up_I))
+    return torch.stack(rows).to(x_RD.dtype) if rows else x_RD

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moestro.kernels.grouped_experts import LoopedExperts, StackedExperts, experts_reference, make_experts
+
+WIDTH, MODEL_WIDTH = 32, 48
+
+
+@pytest.mark.parametrize("counts", [[0, 0, 0, 0], [1, 0, 0, 0], [0, 3, 0, 40], [5, 1, 2, 8]])
+def test_definition(device, dtype, counts):
+    generator = torch.Generator().manual_seed(sum(counts))
+    gate_up_L2ID = (torch.randn(4, 2 * WIDTH, MODEL_WIDTH, generator=generator) * 0.2).to(device, dtype)
+    down_LDI = (torch.randn(4, MODEL_WIDTH, WIDTH, generator=generator) * 0.2).to(device, dtype)
+    x_RD = torch.randn(sum(counts), MODEL_WIDTH, generator=generator).to(device, dtype)
+    counts_L = torch.tensor(counts, device=device)
+
+    def fill(e, gate_up_2ID, down_DI):
+        gate_up_2ID.copy_(gate_up_L2ID[e])
+        down_DI.copy_(down_LDI[e])
+
+    experts = make_experts(4, WIDTH, MODEL_WIDTH, dtype, device, fill)
+    stacked = device.type == "cuda" and dtype == torch.bfloat16
+    assert isinstance(experts, StackedExperts if stacked else LoopedExperts)
+    got, want = experts.apply(x_RD, counts_L), experts_reference(x_RD, counts_L, gate_up_L2ID, down_LDI)
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-6  # bf16 rounds the hidden rows too
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+def test_a_rank_without_experts_gets_no_rows(device, dtype):
+    experts = make_experts(0, WIDTH, MODEL_WIDTH, dtype, device, lambda e, gate_up, down: None)
+    x_RD = torch.empty(0, MODEL_WIDTH, dtype=dtype, device=device)
+    assert experts.apply(x_RD, torch.zeros(0, dtype=torch.int64, device=device)).shape == (0, MODEL_WIDTH)

@@ -1,0 +1,174 @@
+"""Small random models of transformers' own classes, and a driver that feeds our decoder by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+
+from moestro.workers.batch import Batch, CacheTables
+from moestro.workers.kv_cache import KVCache
+from moestro.workers.model.decoder import Decoder
+
+_COMMON = {
+    "vocab_size": 101,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_QWEN_MOE = {
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "decoder_sparse_step": 1,
+    "norm_topk_prob": True,
+}
+
+# Every row of the table of architectures, with the options that make it differ from the others.
+MODELS: dict[str, tuple[str, dict[str, object]]] = {
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        _QWEN_MOE
+        | {
+            "shared_expert_intermediate_size": 40,
+            "decoder_sparse_step": 2,
+            "num_hidden_layers": 4,
+            "mlp_only_layers": [3],
+            "norm_topk_prob": False,
+        },
+    ),
+    "qwen3_moe": ("Qwen3Moe", _QWEN_MOE | {"head_dim": 24, "attention_bias": True}),
+    "olmoe": ("Olmoe", {"num_experts": 8, "num_experts_per_tok": 3, "clip_qkv": 1.5}),
+    "llama": ("Llama", {"mlp_bias": True, "attention_bias": True, "tie_word_embeddings": True}),
+    "mistral": ("Mistral", {"sliding_window": 9}),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+}
+
+
+def make_model(name: str, seed: int = 0, **options: object) -> transformers.PreTrainedModel:
+    """A random model in fp32. Weights are wide enough for attention, gates and logits to be far from uniform."""
+    family, own = MODELS[name]
+    config = getattr(transformers, f"{family}Config")(**{**_COMMON, **own, **options})
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith("norm.weight"):
+                parameter.uniform_(0.5, 1.5, generator=generator)
+            else:
+                parameter.normal_(0.0, 0.15, generator=generator)
+    return model
+
+
+def save_model(model: transformers.PreTrainedModel, folder: Path, **options: object) -> Path:
+    model.save_pretrained(folder, **options)
+    return folder
+
+
+def random_ids(length: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, int(_COMMON["vocab_size"]), (length,), generator=generator).tolist()
+
+
+@torch.no_grad()
+def reference_logits(model: transformers.PreTrainedModel, ids: Sequence[int]) -> Tensor:
+    return model(torch.tensor([list(ids)])).logits[0].float()
+
+
+@torch.no_grad()
+def reference_greedy(model: transformers.PreTrainedModel, ids: Sequence[int], num_tokens: int) -> list[int]:
+    prompt = torch.tensor([list(ids)])
+    mask = torch.ones_like(prompt)
+    out = model.generate(
+        prompt, attention_mask=mask, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False
+    )
+    return out[0, len(ids) :].tolist()
+
+
+@dataclass
+class Driver:
+    """Blocks handed out in a scattered order; what lies behind a window is given up, as a scheduler would."""
+
+    decoder: Decoder
+    block_size: int = 4
+    num_blocks: int = 400
+    lengths: dict[int, int] = field(default_factory=dict)
+    tables: dict[int, list[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.cache: KVCache = self.decoder.cache_spec.allocate(self.num_blocks, self.block_size)
+        for layer in self.cache.layers:
+            layer[0] = 1e4  # padding points at block 0: nothing there may ever count
+        order = torch.randperm(self.num_blocks - 1, generator=torch.Generator().manual_seed(3)) + 1
+        self.free = order.tolist()
+
+    def step(self, spans: Sequence[tuple[int, Sequence[int]]]) -> list[Tensor]:
+        """Computes the next tokens of each sequence; logits_TV of each span."""
+        batch = self.batch(spans)
+        logits = self.decoder.forward(batch, self.cache)
+        starts = batch.query_start_S1
+        return [logits[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+
+    def batch(self, spans: Sequence[tuple[int, Sequence[int]]]) -> Batch:
+        assert [len(ids) > 1 for _, ids in spans] == sorted(len(ids) > 1 for _, ids in spans), "decodes come first"
+        starts, contexts, positions, slots = [0], [], [], []
+        for sequence, ids in spans:
+            begin = self.lengths.get(sequence, 0)
+            end = begin + len(ids)
+            table = self.tables.setdefault(sequence, [])
+            while len(table) * self.block_size < end:
+                table.append(self.free.pop())
+            positions += range(begin, end)
+            slots += [table[p // self.block_size] * self.block_size + p % self.block_size for p in range(begin, end)]
+            starts.append(starts[-1] + len(ids))
+            contexts.append(end)
+            self.lengths[sequence] = end
+        device = self.decoder.cache_spec.device
+        slot_T = torch.tensor(slots, dtype=torch.int64, device=device)
+        return Batch(
+            token_ids_T=torch.tensor([i for _, ids in spans for i in ids], dtype=torch.int64, device=device),
+            positions_T=torch.tensor(positions, dtype=torch.int64, device=device),
+            query_start_S1=tuple(starts),
+            context_len_S=tuple(contexts),
+            num_decodes=sum(len(ids) == 1 for _, ids in spans),
+            tables_G=tuple(
+                CacheTables(self._table(spans, starts, contexts, window).to(device), slot_T)
+                for window in self.decoder.cache_spec.windows
+            ),
+            logit_rows_R=torch.arange(starts[-1], device=device),
+        )
+
+    def _table(
+        self, spans: Sequence[tuple[int, Sequence[int]]], starts: list[int], contexts: list[int], window: int | None
+    ) -> Tensor:
+        width = max((len(self.tables[s]) for s, _ in spans), default=0)
+        rows = torch.zeros(len(spans), width, dtype=torch.int32)
+        for row, (sequence, ids) in enumerate(spans):
+            first_key = 0 if window is None else max(0, contexts[row] - len(ids) - window + 1)
+            for column, block in enumerate(self.tables[sequence]):
+                if (column + 1) * self.block_size > first_key:
+                    rows[row, column] = block
+        return rows
+
+
+def greedy(driver: Driver, prompts: dict[int, Sequence[int]], num_tokens: int) -> dict[int, list[int]]:
+    """Prefills each prompt alone, then decodes all together."""
+    out: dict[int, list[int]] = {}
+    for sequence, ids in prompts.items():
+        out[sequence] = [int(driver.step([(sequence, ids)])[0][-1].argmax())]
+    for _ in range(num_tokens - 1):
+        logits = driver.step([(sequence, [tokens[-1]]) for sequence, tokens in out.items()])
+        for tokens, logits_1V in zip(out.values(), logits, strict=True):
+            tokens.append(int(logits_1V[0].argmax()))
+    return out

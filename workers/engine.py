@@ -1,0 +1,58 @@
+"""One rank's engine: add, cancel, step. Synchronous; whoever drives it owns the clock and the thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from moestro.protos.errors import InvalidRequest, Overloaded
+from moestro.protos.sequences import EngineLimits, EngineLoad, SequenceDelta, SequenceRequest
+from moestro.workers.runner import Runner
+from moestro.workers.scheduler import Scheduler
+from moestro.workers.scheduler_sequence import StepPlan
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A scheduler that decides and a runner that computes. The step is: plan, run, apply."""
+
+    scheduler: Scheduler
+    runner: Runner
+    limits: EngineLimits
+
+    def add(self, request: SequenceRequest, now: float) -> str | None:
+        """Takes a sequence on. Returns why not, when it can never fit or too many wait."""
+        try:
+            self.scheduler.add(request, now)
+        except (InvalidRequest, Overloaded) as refusal:
+            return str(refusal)
+        return None
+
+    def cancel(self, sequence_id: str) -> None:
+        self.scheduler.cancel(sequence_id)
+
+    def plan(self, now: float) -> StepPlan:
+        return self.scheduler.plan(now)
+
+    def run(self, plan: StepPlan, clock: Clock) -> list[SequenceDelta]:
+        """Computes a plan and applies what was drawn. Collective in a group: every rank runs its plan, an empty one
+        too. The clock is read when the result is there."""
+        result = self.runner.run(plan)
+        return self.scheduler.apply(plan, result.sampled, clock(), result.prompt_logprobs)
+
+    def skip(self, plan: StepPlan, now: float) -> list[SequenceDelta]:
+        """Applies a plan without spans without computing anything: what was cancelled is reported."""
+        return self.scheduler.apply(plan, {}, now)
+
+    def step(self, clock: Clock) -> list[SequenceDelta]:
+        """Plan and run, for an engine alone."""
+        return self.run(self.plan(clock()), clock)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def load(self) -> EngineLoad:
+        return self.scheduler.load()

@@ -1,0 +1,72 @@
+"""Token embedding and LM head, split over the vocabulary.
+
+Legend: T tokens, R rows whose logits are wanted, M model width, V vocabulary, v this rank's share of it (padded, so
+that all shares are equal).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from moestro.kernels.linear import Linear, PlainLinear, make_linear
+from moestro.router.parallel import TensorParallel
+from moestro.workers.model.weights import WeightSource
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """Rows of the table that belong to this rank's token ids."""
+
+    weight_vM: Tensor
+    first: int
+    tp: TensorParallel
+
+    def forward(self, token_ids_T: Tensor) -> Tensor:
+        """x_TM. Collective within the tensor-parallel set."""
+        if self.tp.size == 1:
+            return embedding(token_ids_T, self.weight_vM)
+        local_T = token_ids_T - self.first
+        here_T = (local_T >= 0) & (local_T < self.weight_vM.shape[0])
+        x_TM = embedding(local_T.where(here_T, 0), self.weight_vM)
+        return self.tp.sum(x_TM * here_T.unsqueeze(1))
+
+
+@dataclass(frozen=True, slots=True)
+class LMHead:
+    """Logits over the whole vocabulary."""
+
+    linear: Linear
+    vocab_size: int
+    tp: TensorParallel
+
+    def forward(self, x_RM: Tensor) -> Tensor:
+        """logits_RV in fp32. Collective within the tensor-parallel set."""
+        return self.tp.gather(self.linear.apply(x_RM))[:, : self.vocab_size].float()
+
+
+def build_vocabulary(
+    vocab_size: int, hidden_size: int, tied: bool, source: WeightSource, tp: TensorParallel
+) -> tuple[Embedding, LMHead]:
+    """Reads this rank's rows. A tied table is held once, and therefore not repacked for the head."""
+    weight_vM = _read_rows("model.embed_tokens.weight", vocab_size, hidden_size, source, tp)
+    first = tp.rank * weight_vM.shape[0]
+    if tied:
+        linear: Linear = PlainLinear(weight_vM)
+    else:
+        linear = make_linear(_read_rows("lm_head.weight", vocab_size, hidden_size, source, tp))
+    return Embedding(weight_vM, first, tp), LMHead(linear, vocab_size, tp)
+
+
+def _read_rows(name: str, vocab_size: int, hidden_size: int, source: WeightSource, tp: TensorParallel) -> Tensor:
+    share = -(-vocab_size // tp.size)
+    first = min(tp.rank * share, vocab_size)
+    num_rows = min(share, vocab_size - first)
+    weight_vM = torch.empty(share, hidden_size, dtype=source.dtype, device=source.device)
+    weight_vM[num_rows:].zero_()
+    if num_rows:
+        source.read_(weight_vM[:num_rows], name, row=first)
+    return weight_vM

@@ -1,0 +1,91 @@
+"""The loop of one rank: commands in, steps in lockstep with the group, results out.
+
+Every rank of a group runs this loop. Data-parallel ranks have work of their own and step along when they have none;
+tensor-parallel peers are replicas of their leader: they hear its commands and its clock and, being deterministic,
+do the same.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from moestro.protos import wire
+from moestro.protos.gen import rank_pb2 as pb
+from moestro.protos.sequences import EngineLoad, SequenceDelta
+from moestro.workers.engine import Clock, Engine
+from moestro.workers.lockstep import Lockstep
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one turn of the loop has to say."""
+
+    deltas: list[SequenceDelta]
+    refusals: list[tuple[str, str]]  # sequence id and reason; never admitted
+    load: EngineLoad
+
+
+class Inbox:
+    """Serialized AttachRequests on their way to the engine. Thread safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._messages: list[bytes] = []
+
+    def put(self, message: bytes) -> None:
+        with self._lock:
+            self._messages.append(message)
+
+    def take(self) -> list[bytes]:
+        with self._lock:
+            messages, self._messages = self._messages, []
+        return messages
+
+
+class RankLoop:
+    """``submit`` and ``stop`` may be called from any thread; ``run`` owns the thread it is called on."""
+
+    def __init__(self, engine: Engine, lockstep: Lockstep, clock: Clock) -> None:
+        self._engine = engine
+        self._lockstep = lockstep
+        self._clock = clock
+        self._inbox = Inbox()
+
+    def submit(self, message: bytes) -> None:
+        """Hands over one serialized AttachRequest (submit or cancel) and wakes the group if it sleeps."""
+        self._inbox.put(message)
+        self._lockstep.wake()
+
+    def stop(self) -> None:
+        """Asks the whole group to end at the head of its next step."""
+        self._lockstep.stop()
+
+    def run(self, publish: Callable[[StepOutput], None]) -> None:
+        """Steps until the group is asked to stop. ``publish`` is called on this thread and must not block."""
+        engine, lockstep = self._engine, self._lockstep
+        while True:
+            messages, now = lockstep.begin(self._inbox.take(), self._clock())
+            refusals = self._take_in(messages, now)
+            plan = engine.plan(now)
+            agreement = lockstep.agree(plan.num_tokens)
+            if agreement.stop:
+                return
+            deltas = engine.skip(plan, now) if agreement.idle else engine.run(plan, self._clock)
+            if deltas or refusals:
+                publish(StepOutput(deltas, refusals, engine.load()))
+            if agreement.idle:
+                lockstep.sleep()
+
+    def _take_in(self, messages: list[bytes], now: float) -> list[tuple[str, str]]:
+        refusals = []
+        for data in messages:
+            message = pb.AttachRequest.FromString(data)
+            if message.WhichOneof("message") == "cancel":
+                self._engine.cancel(message.cancel)
+            else:
+                reason = self._engine.add(wire.decode_request(message.submit), now)
+                if reason is not None:
+                    refusals.append((message.submit.sequence_id, reason))
+        return refusals

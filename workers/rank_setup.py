@@ -1,0 +1,148 @@
+"""Putting one rank together: group, model, cache, scheduler, loop.
+
+Used by the Ray actor, by in-process engines and by tests alike: there is one way to build a rank.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from moestro.protos.errors import ConfigError
+from moestro.protos.sequences import EngineLimits
+from moestro.router.all_to_all import all_to_all
+from moestro.router.mesh import DeviceKind, StoreAddress, join
+from moestro.router.parallel import GroupShape
+from moestro.router.placement import spread
+from moestro.workers.checkpoint import open_checkpoint
+from moestro.workers.engine import Engine
+from moestro.workers.kv_cache import CacheSpec
+from moestro.workers.loading import OnProgress, load_model
+from moestro.workers.lockstep import Lockstep, SoloLockstep, make_lockstep
+from moestro.workers.model.decoder import Decoder
+from moestro.workers.rank_loop import RankLoop
+from moestro.workers.runner import Runner
+from moestro.workers.scheduler import Scheduler
+from moestro.workers.scheduler_config import CacheGroup, SchedulerConfig
+
+STORE_TIMEOUT_S = 60.0
+_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class RankSpec:
+    """What every rank of a group is built from; the same for all of them."""
+
+    model: str  # checkpoint folder
+    dtype: str = "auto"  # or bfloat16, float32
+    device: str = "auto"  # or cpu, cuda
+    threads: int = 0  # 0: torch's own choice
+    kv_bytes: int = 256 * 2**20
+    shape: GroupShape = field(default_factory=GroupShape)
+    block_size: int = 16
+    max_num_sequences: int = 256
+    max_num_tokens: int = 1024
+    max_context: int = 0  # 0: the checkpoint's own
+    max_waiting: int = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPlace:
+    """One rank's place in its group, and where the group's members meet."""
+
+    rank: int
+    epoch: int
+    store: StoreAddress
+    hostname: str = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltRank:
+    """A rank that is ready to run."""
+
+    loop: RankLoop
+    limits: EngineLimits
+    device: str
+
+
+def build_rank(spec: RankSpec, place: GroupPlace | None = None, on_progress: OnProgress | None = None) -> BuiltRank:
+    """Builds one rank; without a place it is alone. Collective in a group: every rank builds at the same time.
+
+    Raises CheckpointError, and ConfigError when the checkpoint, the shape and the KV pool do not fit together.
+    """
+    if spec.threads:
+        torch.set_num_threads(spec.threads)
+    kind = device_kind(spec.device)
+    checkpoint = open_checkpoint(spec.model)
+    if place is None:
+        if spec.shape.world_size != 1:
+            raise ConfigError(f"a rank alone has dp 1 and tp 1, not {spec.shape.dp} and {spec.shape.tp}")
+        device = torch.device(kind)
+        model = load_model(checkpoint, dtype=_DTYPES[spec.dtype], device=device, on_progress=on_progress)
+        lockstep: Lockstep = SoloLockstep()
+    else:
+        mesh = join(
+            spec.shape,
+            place.rank,
+            place.store.connect(STORE_TIMEOUT_S),
+            device_kind=kind,
+            epoch=place.epoch,
+            hostname=place.hostname,
+        )
+        device = mesh.device
+        model = load_model(
+            checkpoint,
+            dtype=_DTYPES[spec.dtype],
+            device=device,
+            tp=mesh.tp,
+            transport=replace(
+                all_to_all(mesh, spread(checkpoint.config.num_experts, spec.shape.world_size)),
+                shape=GroupShape(spec.shape.world_size, 1),
+            ),
+            on_progress=on_progress,
+        )
+        lockstep = make_lockstep(mesh, place.store)
+    engine = build_engine(spec, model, device)
+    return BuiltRank(RankLoop(engine, lockstep, time.monotonic), engine.limits, str(device))
+
+
+def device_kind(wanted: str) -> DeviceKind:
+    """auto: cuda where there is one. Raises ConfigError for cuda where there is none."""
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("rank.device: cuda was asked for, but this machine has none")
+    return "cuda" if wanted == "cuda" else "cpu"
+
+
+def build_engine(spec: RankSpec, model: Decoder, device: torch.device) -> Engine:
+    """Cache, scheduler and runner around a model. Raises ConfigError when the KV pool holds no useful context."""
+    config = scheduler_config(spec, model.cache_spec, model.config.max_position)
+    cache = model.cache_spec.allocate([group.num_blocks for group in config.groups], spec.block_size)
+    scheduler = Scheduler(config)
+    limits = EngineLimits(model.config.vocab_size, scheduler.context_limit, spec.max_waiting)
+    return Engine(scheduler, Runner(model, cache, spec.block_size, device), limits)
+
+
+def scheduler_config(spec: RankSpec, cache: CacheSpec, model_context: int) -> SchedulerConfig:
+    """Shares the KV pool's bytes over the cache groups, the same number of blocks each, and no more than can ever be
+    in use. Raises ConfigError naming the field that does not fit."""
+    max_context = min(spec.max_context or model_context, model_context)
+    bytes_of_one_each = sum(cache.bytes_per_block(group, spec.block_size) for group in range(cache.num_groups))
+    useful = spec.max_num_sequences * -(-max_context // spec.block_size) + 1
+    num_blocks = min(spec.kv_bytes // bytes_of_one_each, useful)
+    try:
+        config = SchedulerConfig(
+            groups=tuple(CacheGroup(window, num_blocks) for window in cache.windows),
+            block_size=spec.block_size,
+            max_num_sequences=spec.max_num_sequences,
+            max_num_tokens=spec.max_num_tokens,
+            max_context=max_context,
+            max_waiting=spec.max_waiting,
+        )
+        config.validate()
+    except ValueError as error:
+        raise ConfigError(f"scheduler: {error}; rank.kv_memory is {spec.kv_bytes} bytes") from None
+    return config

@@ -1,0 +1,74 @@
+"""A plan becomes a forward pass and samples.
+
+Legend: R rows of logits, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moestro.protos.sequences import SampledToken, TokenLogprobs
+from moestro.workers.batch import Batch
+from moestro.workers.batching import LogitRows, build_batch
+from moestro.workers.kv_cache import KVCache
+from moestro.workers.sampling.logprobs import prompt_logprobs
+from moestro.workers.sampling.sampler import SamplingRow, sample
+from moestro.workers.scheduler_sequence import StepPlan
+
+
+class Model(Protocol):
+    """What the runner needs of a model."""
+
+    def forward(self, batch: Batch, cache: KVCache) -> Tensor:
+        """fp32 logits [R, V] of ``batch.logit_rows_R``. Collective in a group, with zero tokens too."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one forward pass says of its sequences, by sequence id."""
+
+    sampled: dict[str, SampledToken] = field(default_factory=dict)
+    prompt_logprobs: dict[str, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Runner:
+    """Model and cache of one rank. Holds no sequence state: a plan carries all it needs."""
+
+    model: Model
+    cache: KVCache
+    block_size: int
+    device: torch.device
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepResult:
+        batch, rows = build_batch(plan, self.block_size, self.device)
+        logits_RV = self.model.forward(batch, self.cache)
+        return StepResult(_draw(logits_RV, rows), _prompt_logprobs(logits_RV, rows))
+
+
+def _draw(logits_RV: Tensor, rows: LogitRows) -> dict[str, SampledToken]:
+    sampling_rows = []
+    for span in rows.samples:
+        sequence = span.sequence
+        tokens, num_prompt = sequence.token_ids, sequence.num_prompt
+        sampling_rows.append(SamplingRow(sequence.sampling, tokens[:num_prompt], tokens[num_prompt:], len(tokens)))
+    tokens_R = sample(logits_RV[: len(sampling_rows)], sampling_rows)
+    return {span.sequence.sequence_id: token for span, token in zip(rows.samples, tokens_R, strict=True)}
+
+
+def _prompt_logprobs(logits_RV: Tensor, rows: LogitRows) -> dict[str, tuple[TokenLogprobs, ...]]:
+    found = {}
+    first = len(rows.samples)
+    for span, count in rows.prompts:
+        sequence = span.sequence
+        next_ids = sequence.token_ids[span.start + 1 : span.start + 1 + count]
+        wanted = sequence.sampling.prompt_logprobs
+        assert wanted is not None
+        found[sequence.sequence_id] = prompt_logprobs(logits_RV[first : first + count], next_ids, wanted)
+        first += count
+    return found
