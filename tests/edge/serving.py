@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2
+from tests.edge.fakes import LIMITS, SMALL, FakeText, served
 
 from moestro.cluster.edge.core import RequestCore
 from moestro.cluster.edge.grpc_server import GrpcOptions, GrpcServer
@@ -18,7 +19,6 @@ from moestro.cluster.edge.served import EdgeLimits
 from moestro.cluster.edge.stub import StubBackend
 from moestro.protos.gen import inference_pb2 as pb
 from moestro.protos.gen import inference_pb2_grpc as pb_grpc
-from tests.edge.fakes import LIMITS, SMALL, FakeText, served
 
 GENERATE = "/moestro.v1.InferenceService/Generate"
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import grpc
 import pytest
+from tests.edge.fakes import LIMITS, VOCAB_SIZE
+from tests.edge.serving import GENERATE, Rig, no_status, raw_http2, refused, rig, run
 
 from moestro.cluster.edge.grpc_server import GrpcOptions, GrpcServer
 from moestro.cluster.edge.served import EdgeLimits
@@ -17,8 +19,6 @@ from moestro.cluster.edge.stub import StubBackend, stub_token
 from moestro.protos.errors import ConfigError
 from moestro.protos.gen import inference_pb2 as pb
 from moestro.protos.sequences import SamplingParams, SequenceRequest
-from tests.edge.fakes import LIMITS, VOCAB_SIZE
-from tests.edge.serving import GENERATE, Rig, no_status, raw_http2, refused, rig, run
 
 CONTEXT = LIMITS.max_context
 
@@ -64,7 +64,10 @@ CASES: dict[str, tuple[pb.GenerateRequest, dict[str, str]]] = {
     "temperature nan": (request(sampling=pb.SamplingParams(temperature=math.nan)), {"sampling.temperature": "is nan"}),
     "temperature negative": (request(sampling=pb.SamplingParams(temperature=-0.1)), {"sampling.temperature": "-0.1"}),
     "temperature huge": (request(sampling=pb.SamplingParams(temperature=1e300)), {"sampling.temperature": "1e+300"}),
-    "temperature infinite": (request(sampling=pb.SamplingParams(temperature=math.inf)), {"sampling.temperature": "inf"}),
+    "temperature infinite": (
+        request(sampling=pb.SamplingParams(temperature=math.inf)),
+        {"sampling.temperature": "inf"},
+    ),
     "top_p of 0": (request(sampling=pb.SamplingParams(top_p=0)), {"sampling.top_p": "must be in (0, 1], is 0.0"}),
     "top_p of 2": (request(sampling=pb.SamplingParams(top_p=2)), {"sampling.top_p": "must be in (0, 1], is 2.0"}),
     "min_p nan": (request(sampling=pb.SamplingParams(min_p=math.nan)), {"sampling.min_p": "nan"}),
@@ -77,7 +80,10 @@ CASES: dict[str, tuple[pb.GenerateRequest, dict[str, str]]] = {
         request(stop=pb.StopParams(max_tokens=2**31 - 1)),
         {"stop.max_tokens": f"must be at most {CONTEXT - 3}, is {2**31 - 1}"},
     ),
-    "min_tokens over max_tokens": (request(stop=pb.StopParams(min_tokens=5)), {"stop.min_tokens": "max_tokens 4, is 5"}),
+    "min_tokens over max_tokens": (
+        request(stop=pb.StopParams(min_tokens=5)),
+        {"stop.min_tokens": "max_tokens 4, is 5"},
+    ),
     "1,000 stop strings": (request(stop=pb.StopParams(strings=["x"] * 1000)), {"stop.strings": "at most 16, are 1000"}),
     "stop string of 1 MB": (
         request(stop=pb.StopParams(strings=["a", "b" * 1_000_000])),
@@ -89,7 +95,10 @@ CASES: dict[str, tuple[pb.GenerateRequest, dict[str, str]]] = {
         request(sampling=pb.SamplingParams(logit_bias={3: 1.0, 9999: 1.0})),
         {"sampling.logit_bias[9999]": f"must be below {VOCAB_SIZE}, is 9999"},
     ),
-    "logit_bias nan": (request(sampling=pb.SamplingParams(logit_bias={3: math.nan})), {"sampling.logit_bias[3]": "nan"}),
+    "logit_bias nan": (
+        request(sampling=pb.SamplingParams(logit_bias={3: math.nan})),
+        {"sampling.logit_bias[3]": "nan"},
+    ),
     "logprobs of 21": (request(output=pb.OutputParams(logprobs=21)), {"output.logprobs": "[0, 20], is 21"}),
     "priority": (request(priority=101), {"priority": "[-100, 100], is 101"}),
     "request id with a line break": (request(request_id="a\nb"), {"request_id": "printable ASCII"}),
@@ -127,12 +136,16 @@ def test_a_thousand_bad_ids_fit_into_one_status() -> None:
             sent = request(
                 token_ids=pb.TokenIds(ids=[10**6] * 5000),
                 stop=pb.StopParams(token_ids=[10**6] * 5000, strings=["x" * 300] * 1000),
-                sampling=pb.SamplingParams(logit_bias={10**6 + i: math.inf for i in range(2000)}),
+                sampling=pb.SamplingParams(
+                    temperature=9, top_p=9, min_p=9, top_k=-9, logit_bias={10**6 + i: math.inf for i in range(2000)}
+                ),
+                output=pb.OutputParams(n=-9, logprobs=-9, prompt_logprobs=-9),
+                priority=-999,
             )
             said = await refused(it.generate(sent))
             assert said.code is grpc.StatusCode.INVALID_ARGUMENT
             assert {"token_ids.ids[0]", "stop.strings", "stop.token_ids", "sampling.logit_bias"} <= set(said.fields)
-            assert "of 4992 more like it" in said.fields["token_ids.ids[4999]"]
+            assert "of 4997 more like it" in said.fields["token_ids.ids[4999]"]
 
     run(test())
 
@@ -183,7 +196,7 @@ def test_malformed_protobuf(data: bytes) -> None:
         async with rig() as it, neighbour(it):
             said = await refused(it.raw(data))
             assert said.code is grpc.StatusCode.INVALID_ARGUMENT
-            assert list(said.fields.values())[0].startswith("is cut off or malformed")
+            assert next(iter(said.fields.values())).startswith("is cut off or malformed")
             for method in ("Complete", "Tokenize", "Chat"):
                 said = await refused(it.raw(data, f"/moestro.v1.InferenceService/{method}"))
                 assert said.code is grpc.StatusCode.INVALID_ARGUMENT
@@ -221,7 +234,11 @@ def test_unknown_model() -> None:
 def test_chat_refusals() -> None:
     async def test() -> None:
         async with rig() as it, neighbour(it):
-            for messages, field in (([], "messages"), ([("", "hi")], "messages[0].role"), ([("wizard", "")], "messages")):
+            for messages, field in (
+                ([], "messages"),
+                ([("", "hi")], "messages[0].role"),
+                ([("wizard", "")], "messages"),
+            ):
                 sent = pb.ChatRequest(messages=[pb.ChatMessage(role=r, content=c) for r, c in messages])
                 call = it.stub.Chat(sent)
                 said = await refused(call.read())
@@ -271,9 +288,10 @@ def test_deadline_already_past(timeout: str) -> None:
             }
             answer = await raw_http2(it.port, headers, request().SerializeToString())
             assert b"grpc-status" in answer or answer[-13 + 3 : -13 + 4] == b"\x03", answer
-            assert it.backend.num_started == started, "nothing is admitted"
+            if timeout != "1n":  # which gRPC rounds up to a moment that may not have passed yet
+                assert it.backend.num_started == started, "nothing is admitted"
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await it.generate(request(), timeout=0)
+                await it.generate(request(), timeout=-1)
             assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
     run(test())
@@ -284,9 +302,14 @@ def test_deadline_passes_mid_stream() -> None:
         async with rig(StubBackend(LIMITS, step_s=0.02)) as it:
             call = it.stub.Generate(request(stop=pb.StopParams(max_tokens=200)), timeout=0.3)
             count = 0
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
+
+            async def read() -> None:
+                nonlocal count
                 async for _ in call:
                     count += 1
+
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await read()
             assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
             assert 1 <= count < 200
             await it.settled()
@@ -299,9 +322,7 @@ def test_deadline_passes_mid_stream() -> None:
 def test_client_gone_mid_stream(how: str) -> None:
     async def test() -> None:
         async with rig(StubBackend(LIMITS, step_s=0.005)) as it, neighbour(it):
-            channel = grpc.aio.insecure_channel(
-                f"127.0.0.1:{it.port}", options=[("grpc.use_local_subchannel_pool", 1)]
-            )
+            channel = grpc.aio.insecure_channel(f"127.0.0.1:{it.port}", options=[("grpc.use_local_subchannel_pool", 1)])
             call = channel.unary_stream(GENERATE)(
                 request(output=pb.OutputParams(n=3), stop=pb.StopParams(max_tokens=250)).SerializeToString()
             )
