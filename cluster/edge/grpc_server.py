@@ -40,7 +40,6 @@ class GrpcServer:
     ) -> None:
         self.options = options or GrpcOptions()
         self.port = 0  # known once started
-        self._core = core
         self._health = aio_health.HealthServicer()
         self._server = grpc.aio.server(
             options=_channel_options(self.options, core.limits.max_message_bytes),
@@ -74,7 +73,6 @@ class GrpcServer:
         await self._health.enter_graceful_shutdown()
         await asyncio.sleep(0)  # health watchers hear it before the connections go
         await self._server.stop(self.options.grace_s if grace_s is None else grace_s)
-        self._core.close()
 
     async def wait(self) -> None:
         """Until stopped."""

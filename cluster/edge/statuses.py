@@ -25,9 +25,9 @@ from moestro.protos.errors import (
 
 DOMAIN = "moestro"
 DETAILS_KEY = "grpc-status-details-bin"
-MAX_MESSAGE_CHARS = 1024  # gRPC sends it percent-encoded in a header
-MAX_VIOLATIONS = 24
-MAX_DESCRIPTION_CHARS = 160
+MAX_MESSAGE_CHARS = 512  # gRPC sends it percent-encoded in a header
+MAX_VIOLATIONS = 32
+MAX_DESCRIPTION_CHARS = 120
 
 # The most special class first: the first that matches wins.
 _CODES: tuple[tuple[type[BaseException], grpc.StatusCode, str], ...] = (
@@ -78,7 +78,7 @@ def error_of(code: grpc.StatusCode, message: str, details: bytes | None) -> Exce
     """The exception behind a status, for a client. ``details`` is the value of the trailing metadatum
     ``grpc-status-details-bin``."""
     unpacked = _unpack(details)
-    retry_after_s = 1.0
+    retry_after_s = 0.2  # gRPC's own UNAVAILABLE, of a connection, says nothing
     if (retry := unpacked.get("RetryInfo")) is not None:
         retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9  # type: ignore[attr-defined]
     info = unpacked.get("ErrorInfo", error_details_pb2.ErrorInfo())

@@ -33,6 +33,7 @@ class StubBackend:
         self.lost = False
         self.streams: set[StubStream] = set()
         self.cancelled: list[str] = []
+        self.num_started = 0  # sequences, ever
 
     @property
     def limits(self) -> EngineLimits:
@@ -52,6 +53,7 @@ class StubBackend:
             raise AssertionError(f"sequence ids are open already: {sorted(clash)}")
         stream = StubStream(self, sequences)
         self.streams.add(stream)
+        self.num_started += len(sequences)
         return stream
 
     def lose(self) -> None:

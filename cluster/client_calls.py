@@ -1,0 +1,206 @@
+"""What the sync and the async client share: requests from plain arguments, results from messages, and when to retry.
+
+No I/O here. A Call is a method, its serialised request, and how to read the answer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypedDict, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from moestro.cluster.client_results import ClusterStatus, ModelInfo, ServerInfo, cluster_status, model_info, server_info
+from moestro.cluster.edge.events import Completion, StreamEvent
+from moestro.cluster.edge.statuses import DETAILS_KEY, error_of
+from moestro.cluster.edge.wire import decode_completion, decode_event
+from moestro.protos.errors import FieldViolation, InvalidRequest, MoestroError, Unavailable
+from moestro.protos.gen import inference_pb2 as pb
+
+T = TypeVar("T")
+
+Messages = str | Sequence[Mapping[str, str]]  # one user message, or turns with "role" and "content"
+CHANNEL_OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.enable_retries", 0))
+
+_INFERENCE, _CLUSTER = "/moestro.v1.InferenceService/", "/moestro.v1.ClusterService/"
+
+
+class Options(TypedDict, total=False):
+    """Every option of a generation; see the .proto for bounds and defaults. What is left out takes the checkpoint's."""
+
+    model: str
+    max_tokens: int
+    min_tokens: int
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    seed: int
+    n: int
+    logprobs: int
+    prompt_logprobs: int
+    priority: int
+    request_id: str
+    timeout_s: float  # the deadline of the whole call, retries included; the client's own when left out
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    """One call of one method; for a stream ``decode`` reads each message."""
+
+    path: str
+    data: bytes
+    decode: Callable[[bytes], T]
+    timeout_s: float | None = None
+
+
+class Attempts:
+    """How often and until when one call is tried."""
+
+    def __init__(self, retries: int, timeout_s: float | None) -> None:
+        self._left = retries
+        self._deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+
+    @property
+    def remaining_s(self) -> float | None:
+        """For this attempt; None: no deadline."""
+        return None if self._deadline_s is None else self._deadline_s - time.monotonic()
+
+    def pause_after(self, failure: grpc.RpcError, started: bool = False) -> float:
+        """Seconds to wait before trying again, or raises what the failure means: only Unavailable is tried again, and
+        only when the caller has seen nothing yet and there is time."""
+        error = error_from(failure)
+        remaining_s = self.remaining_s
+        if not isinstance(error, Unavailable) or started or self._left == 0:
+            raise error from failure
+        if remaining_s is not None and remaining_s <= error.retry_after_s:
+            raise error from failure
+        self._left -= 1
+        return error.retry_after_s
+
+
+def error_from(failure: grpc.RpcError) -> Exception:
+    """An exception of ``protos.errors``, or TimeoutError."""
+    if not isinstance(failure, grpc.Call | grpc.aio.AioRpcError):
+        return MoestroError(str(failure))
+    metadata: Any = failure.trailing_metadata() or ()
+    details = next((value for key, value in metadata if key == DETAILS_KEY), None)
+    return error_of(failure.code(), failure.details() or "", details)
+
+
+def generate(prompt: str | Sequence[int], options: Options) -> Call[Completion]:
+    request = pb.CompleteRequest(request=_generate_request(prompt, options))
+    return _call("Complete", request, lambda data: decode_completion(pb.CompleteResponse.FromString(data)), options)
+
+
+def stream(prompt: str | Sequence[int], options: Options) -> Call[StreamEvent]:
+    return _call("Generate", _generate_request(prompt, options), _decode_generate, options)
+
+
+def chat(messages: Messages, options: Options) -> Call[StreamEvent]:
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    request = pb.ChatRequest(messages=[pb.ChatMessage(role=m["role"], content=m["content"]) for m in messages])
+    _fill(request, options)
+    return _call("Chat", request, lambda data: decode_event(pb.ChatResponse.FromString(data).event), options)
+
+
+def tokenize(text: str, model: str, add_special_tokens: bool) -> Call[list[int]]:
+    request = pb.TokenizeRequest(model=model, text=text, add_special_tokens=add_special_tokens)
+    return _call("Tokenize", request, lambda data: list(pb.TokenizeResponse.FromString(data).token_ids))
+
+
+def detokenize(token_ids: Sequence[int], model: str, skip_special_tokens: bool) -> Call[str]:
+    request = pb.DetokenizeRequest(model=model, token_ids=token_ids, skip_special_tokens=skip_special_tokens)
+    return _call("Detokenize", request, lambda data: pb.DetokenizeResponse.FromString(data).text)
+
+
+def models() -> Call[list[ModelInfo]]:
+    return _call(
+        "ListModels",
+        pb.ListModelsRequest(),
+        lambda data: [model_info(m) for m in pb.ListModelsResponse.FromString(data).models],
+    )
+
+
+def info() -> Call[ServerInfo]:
+    request = pb.GetServerInfoRequest()
+    return _call("GetServerInfo", request, lambda data: server_info(pb.GetServerInfoResponse.FromString(data)))
+
+
+def status() -> Call[ClusterStatus]:
+    return Call(
+        f"{_CLUSTER}GetClusterStatus",
+        pb.GetClusterStatusRequest().SerializeToString(),
+        lambda data: cluster_status(pb.GetClusterStatusResponse.FromString(data)),
+    )
+
+
+def _call(method: str, request: Message, decode: Callable[[bytes], T], options: Options | None = None) -> Call[T]:
+    timeout_s = options.get("timeout_s") if options else None
+    return Call(_INFERENCE + method, request.SerializeToString(), decode, timeout_s)
+
+
+def _decode_generate(data: bytes) -> StreamEvent:
+    return decode_event(pb.GenerateResponse.FromString(data).event)
+
+
+def _generate_request(prompt: str | Sequence[int], options: Options) -> pb.GenerateRequest:
+    request = pb.GenerateRequest()
+    if isinstance(prompt, str):
+        _put("text", lambda: setattr(request, "text", prompt), prompt)
+    else:
+        request.token_ids.SetInParent()
+        _put("token_ids.ids", lambda: request.token_ids.ids.extend(prompt), prompt)
+    _fill(request, options)
+    return request
+
+
+_PLACES: Mapping[str, tuple[str, str]] = {
+    **{name: ("sampling", name) for name in pb.SamplingParams.DESCRIPTOR.fields_by_name},
+    **{name: ("stop", name) for name in ("max_tokens", "min_tokens", "ignore_eos")},
+    "stop": ("stop", "strings"),
+    "stop_token_ids": ("stop", "token_ids"),
+    **{name: ("output", name) for name in pb.OutputParams.DESCRIPTOR.fields_by_name},
+    **{name: ("", name) for name in ("model", "priority", "request_id")},
+}
+
+
+def _fill(request: pb.GenerateRequest | pb.ChatRequest, options: Options) -> None:
+    """Sets each option in its place. Raises InvalidRequest for a value that its field cannot hold."""
+    for option, value in options.items():
+        if option == "timeout_s" or value is None:
+            continue
+        if option not in _PLACES:
+            raise TypeError(f"unknown option {option!r}; known: {', '.join(sorted(_PLACES))}")
+        part, name = _PLACES[option]
+        target = getattr(request, part) if part else request
+        _put(f"{part}.{name}" if part else name, lambda t=target, n=name, v=value: _set(t, n, v), value)  # type: ignore[misc]
+
+
+def _set(target: Message, name: str, value: object) -> None:
+    if name == "strings" and isinstance(value, str):
+        value = [value]
+    if isinstance(value, Mapping):
+        getattr(target, name).update(value)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        getattr(target, name).extend(value)
+    else:
+        setattr(target, name, value)
+
+
+def _put(field: str, put: Callable[[], None], value: object) -> None:
+    try:
+        put()
+    except (ValueError, TypeError, UnicodeError) as error:
+        raise InvalidRequest([FieldViolation(field, f"cannot hold {str(value)[:64]!r}")]) from error
