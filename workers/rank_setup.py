@@ -6,7 +6,7 @@ Used by the Ray actor, by in-process engines and by tests alike: there is one wa
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -105,10 +105,7 @@ def build_rank(spec: RankSpec, place: GroupPlace | None = None, on_progress: OnP
             dtype=_DTYPES[spec.dtype],
             device=device,
             tp=mesh.tp,
-            transport=replace(
-                all_to_all(mesh, spread(checkpoint.config.num_experts, spec.shape.world_size)),
-                shape=GroupShape(spec.shape.world_size, 1),
-            ),
+            transport=all_to_all(mesh, spread(checkpoint.config.num_experts, spec.shape.world_size)),
             on_progress=on_progress,
         )
         lockstep = make_lockstep(mesh, place.store)
