@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from moestro.kernels.linear import Linear, empty_weight, make_linear
-from moestro.kernels.paged_attention import AttentionPlan, paged_attention, write_kv_
+from moestro.kernels.paged_attention import AttentionPlan, paged_attention, plan_attention, write_kv_
 from moestro.kernels.rms_norm import rms_norm
 from moestro.kernels.rotary import rotate
 from moestro.router.parallel import TensorParallel
+from moestro.workers.batch import Batch, CacheTables
 from moestro.workers.kv_cache import LayerCache
 from moestro.workers.model.sharding import HeadShard, shard_heads
 from moestro.workers.model.weights import WeightSource, read, read_linear
@@ -86,6 +87,20 @@ class Attention:
         write_kv_(kv_NCbD, kv_TCD, plan)
         out_TQD = paged_attention(qkv_TND[:, :num_heads], kv_TCD, kv_NCbD, plan, self.spec.scale)
         return self.tp.sum(self.out.apply(out_TQD.view(num_tokens, -1)))
+
+    def plan(self, batch: Batch, tables: CacheTables, block_size: int, dtype: torch.dtype) -> AttentionPlan:
+        """What this step needs of this block and of all others of its group."""
+        return plan_attention(
+            batch.query_start_S1,
+            batch.context_len_S,
+            batch.num_decodes,
+            tables.block_table_SB,
+            tables.slot_T,
+            num_kv_heads=self.heads.num_kv_heads,
+            block_size=block_size,
+            window=self.spec.window,
+            dtype=dtype,
+        )
 
     def cache(self, group: int) -> LayerCache:
         """What this block stores."""
