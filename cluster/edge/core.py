@@ -174,7 +174,7 @@ class RequestCore:
         """Takes a place, given back when admission fails on the way."""
         if len(self._open) >= self.limits.max_open_requests:
             raise Overloaded(f"{len(self._open)} requests are open, the most this gateway takes")
-        request_id = valid.request_id or f"req-{secrets.token_hex(8)}"
+        request_id = valid.request_id or new_request_id()
         if request_id in self._open:
             raise InvalidRequest([FieldViolation("request_id", "is that of an open request")])
         self._open[request_id] = None
@@ -199,6 +199,11 @@ class RequestCore:
         if len(text) <= self.limits.encode_in_thread_chars:
             return model.text.encode(text, add_special_tokens)
         return await asyncio.to_thread(model.text.encode, text, add_special_tokens)
+
+
+def new_request_id() -> str:
+    """An id for a request whose caller gave none."""
+    return f"req-{secrets.token_hex(8)}"
 
 
 def _settle(valid: ValidRequest, request_id: str, model: ServedModel, prompt_ids: tuple[int, ...]) -> Admitted:
