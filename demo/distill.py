@@ -1,6 +1,6 @@
 """Distil the trained MoE into a small dense draft for speculative decoding.
 
-    python -m moestro.demo.distill fit --minutes 9
+    python -m moestro.demo.distill --minutes 9
 
 The draft learns the target's whole next-token distribution (forward KL at temperature 1) on training text, on
 which its acceptance in speculative sampling depends.

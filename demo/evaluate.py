@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from moestro.demo import ngram
-from moestro.demo.corpus import Split, documents, is_held_out, tokenize
+from moestro.demo.corpus import Document, Split, documents, is_held_out, tokenize
 from moestro.demo.paths import DRAFT_DIR, MODEL_DIR
 from moestro.demo.plot import plot_experts
 from moestro.demo.scoring import agreement, score
@@ -31,6 +31,8 @@ from moestro.demo.syntax import CLASSES, UNKNOWN, token_classes
 
 HERE = Path(__file__).resolve().parent
 CACHE = Path(".cache/demo")
+EXCERPT = HERE / "excerpt.txt"
+EXCERPT_SOURCE = "wsgiref/util.py"
 PROMPT_TOKENS = 64
 PROMPTS = ("def __init__(self, ", "import os\nimport ", "class Stack:\n    def push(self, item):\n        ")
 
@@ -114,6 +116,18 @@ def completions(model: Any, tokenizer: Tokenizer) -> dict[str, str]:
     return texts
 
 
+def excerpt_section(model: Any, baseline: ngram.KneserNey, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Both models on the one held-out file that is bundled, so that a test can check the numbers again."""
+    text = EXCERPT.read_text()
+    tokens = tokenize(tokenizer, [Document(EXCERPT_SOURCE, text)]).tokens_N
+    return {
+        "source": EXCERPT_SOURCE,
+        "tokens": len(tokens),
+        "model_perplexity": math.exp(-score(model, tokens).log_probs_N.mean()),
+        "ngram_perplexity": math.exp(-baseline.log_probs(tokens)[1:].mean()),
+    }
+
+
 def draft_section(target: Any, tokenizer: Tokenizer, held: Split, seed: int) -> dict[str, Any]:
     """The draft's own quality, and its agreement with the target on held-out text and on sampled text."""
     draft = load(DRAFT_DIR)
@@ -178,6 +192,7 @@ def evaluate(seed: int, order: int) -> dict[str, Any]:
             "smoothing": "modified Kneser-Ney",
             **quality(baseline_scores, held.text_bytes),
         },
+        "excerpt": excerpt_section(model, baseline, tokenizer),
         "experts": {
             "classes": CLASSES,
             "class_share": np.bincount(labels[labels != UNKNOWN], minlength=len(CLASSES)).tolist(),

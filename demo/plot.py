@@ -23,7 +23,7 @@ def plot_experts(layers: Sequence[dict[str, Any]], classes: Sequence[str], path:
         ratio = np.log2(np.maximum(use, 1e-6) / np.maximum(load, 1e-6))
         axis.imshow(ratio, cmap="RdBu_r", vmin=-3, vmax=3, aspect="auto")
         axis.set_title(
-            f"layer {index}: {layer['information_bits']:.2f} bits "
+            f"layer {index}: {layer['type_information_bits']:.2f} bits "
             f"(shuffled vocabulary {layer['type_shuffled_bits_mean']:.2f})",
             fontsize=9,
         )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from moestro.kernels.linear import Linear, can_pack, make_linear
+from moestro.kernels.linear import Linear, can_pack, empty_weight, make_linear
 
 Fill = Callable[[int, Tensor, Tensor], None]
 
@@ -68,13 +68,13 @@ def make_experts(
 ) -> GroupedExperts:
     """Builds ``num`` experts; ``fill(e, gate_up_2ID, down_DI)`` writes expert e's weights into the tensors it is given.
 
-    Where weights are repacked that happens expert by expert, so that one expert at most is held twice.
+    Where weights are repacked, they pass through the same two tensors one expert after the other.
     """
     if can_pack(device, dtype):
         gate_ups, downs = [], []
+        gate_up_2ID = empty_weight(2 * width, model_width, dtype, device)
+        down_DI = empty_weight(model_width, width, dtype, device)
         for e in range(num):
-            gate_up_2ID = torch.empty(2 * width, model_width, dtype=dtype, device=device)
-            down_DI = torch.empty(model_width, width, dtype=dtype, device=device)
             fill(e, gate_up_2ID, down_DI)
             gate_ups.append(make_linear(gate_up_2ID))
             downs.append(make_linear(down_DI))

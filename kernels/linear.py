@@ -7,6 +7,7 @@ Quantized formats and adapters are further kinds of ``Linear``; a model never as
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -64,6 +65,19 @@ def pack(weight_OI: Tensor) -> Tensor:
     """``weight_OI`` in oneDNN's layout, for any number of rows. The source may be freed."""
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), None)
     return packed
+
+
+def empty_weight(out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An unfilled weight_OI on its way into ``make_linear``.
+
+    Where it will be repacked it lives in a mapping of its own, which goes back to the system when it is dropped: on the
+    heap, aligned blocks that are freed between packed ones are not used again, and a model took twice its size.
+    """
+    num_bytes = out_features * in_features * dtype.itemsize
+    if num_bytes == 0 or not can_pack(device, dtype):
+        return torch.empty(out_features, in_features, dtype=dtype, device=device)
+    private = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(private, dtype=dtype).view(out_features, in_features)
 
 
 def make_linear(weight_OI: Tensor, bias_O: Tensor | None = None) -> Linear:

@@ -146,6 +146,12 @@ class Mesh:
         for collectives in self._collectives():
             collectives.close()
 
+    def __enter__(self) -> Mesh:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
     def abort(self) -> None:
         """Leaves at once, from any thread: running collectives fail."""
         for collectives in self._collectives():

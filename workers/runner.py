@@ -52,11 +52,7 @@ class Runner:
 
 
 def _draw(logits_RV: Tensor, rows: LogitRows) -> dict[str, SampledToken]:
-    sampling_rows = []
-    for span in rows.samples:
-        sequence = span.sequence
-        tokens, num_prompt = sequence.token_ids, sequence.num_prompt
-        sampling_rows.append(SamplingRow(sequence.sampling, tokens[:num_prompt], tokens[num_prompt:], len(tokens)))
+    sampling_rows = [SamplingRow(s.sampling, s.token_ids, s.num_prompt, len(s.token_ids)) for s, *_ in rows.samples]
     tokens_R = sample(logits_RV[: len(sampling_rows)], sampling_rows)
     return {span.sequence.sequence_id: token for span, token in zip(rows.samples, tokens_R, strict=True)}
 

@@ -16,7 +16,7 @@ from itertools import pairwise
 from operator import attrgetter
 from types import MappingProxyType
 
-from moestro.protos.errors import ContextOverflow, FieldViolation, InvalidRequest, Overloaded
+from moestro.protos.errors import FieldViolation, InvalidRequest, Overloaded
 from moestro.protos.sequences import (
     EngineLoad,
     FinishReason,
@@ -28,6 +28,7 @@ from moestro.protos.sequences import (
 from moestro.workers.kv_blocks import BlockPool
 from moestro.workers.scheduler_config import SchedulerConfig
 from moestro.workers.scheduler_policies import ADMISSIONS, RESERVATIONS
+from moestro.workers.scheduler_refusals import why_never
 from moestro.workers.scheduler_sequence import SequenceState, Span, StepPlan
 from moestro.workers.scheduler_tables import TableManager
 
@@ -72,7 +73,7 @@ class Scheduler:
     def check(self, request: SequenceRequest) -> str | None:
         """Why a sequence could never be served here, or None. ``max_tokens`` beyond the context is no reason: the
         sequence ends with LENGTH where the context does."""
-        refusal = self._refusal(request)
+        refusal = why_never(request, self.context_limit)
         return None if refusal is None else str(refusal)
 
     def add(self, request: SequenceRequest, now: float) -> None:
@@ -80,7 +81,7 @@ class Scheduler:
         has a reason (ContextOverflow if it is the context) or the id is in use; nothing has changed then."""
         if request.sequence_id in self._by_id:
             raise InvalidRequest([FieldViolation("sequence_id", f"{request.sequence_id!r} is in use")])
-        refusal = self._refusal(request)
+        refusal = why_never(request, self.context_limit)
         if refusal is not None:
             raise refusal
         if len(self._waiting) >= self.config.max_waiting:
@@ -103,7 +104,7 @@ class Scheduler:
             del self._waiting[waits]
         elif self._in_flight is None:
             self._running.remove(sequence)
-            self._tables.release(sequence)
+            self._leave(sequence)
         else:
             return True
         del self._by_id[sequence_id]
@@ -141,6 +142,8 @@ class Scheduler:
         running = self._running
         decodes: list[Span] = []
         longer: list[Span] = []
+        size = self.config.block_size
+        filling = size - 1
         self._spare = self.config.max_num_tokens - len(running)
         is_open = bool(self._waiting) and self._admission(len(running))
         urgent = self._waiting[0].priority if is_open else None
@@ -154,7 +157,8 @@ class Scheduler:
                     continue  # look at the same sequence again, if it still runs
                 sequence = running[index]
             start = sequence.num_computed
-            if start < sequence.quiet_until and len(sequence.token_ids) - start == 1:  # nearly all, nearly always
+            # Nearly all, nearly always: one token that neither needs a new block nor fills its own.
+            if 0 < start % size < filling and len(sequence.token_ids) - start == 1:
                 decodes.append(Span(sequence, start, 1, True))
             else:
                 self._serve(index, decodes, longer)
@@ -184,29 +188,26 @@ class Scheduler:
         self._step_s = now - plan.planned_at
         deltas = self._take_cancelled(now)
         windows = self._tables.has_windows
-        num_ended = 0
+        num_known = len(self._by_id)
         for sequence, start, length, samples in plan.spans:
             sequence.num_computed = start + length
-            sequence.num_steps += 1
             token = sampled.get(sequence.sequence_id)
             if sequence.is_cancelled:
-                delta = SequenceDelta(
-                    sequence.sequence_id, (), (), None, FinishReason.CANCELLED, None, sequence.ledger(now)
-                )
-            elif samples or (token is not None and token.error is not None):
-                delta = self._advance(sequence, token, now, prompt_logprobs)
+                deltas.append(self._end(sequence, FinishReason.CANCELLED, now))
+            elif token is None and samples:
+                deltas.append(self._end(sequence, FinishReason.ERROR, now, error="the step gave no token"))
+            elif token is not None and token.error is not None:
+                deltas.append(self._end(sequence, FinishReason.ERROR, now, error=token.error))
+            elif token is not None and samples:
+                joined = None
+                if sequence.first_output_at is None:
+                    joined = self._first_output(sequence, now, prompt_logprobs)
+                deltas.append(self._advance(sequence, token, joined, now))
             else:
                 sequence.prompt_logprobs.extend(prompt_logprobs.get(sequence.sequence_id, ()))
-                if windows:
-                    self._tables.trim(sequence)
-                continue
-            deltas.append(delta)
-            if delta.finish_reason is not None:
-                num_ended += 1
-                self._end(sequence, delta.finish_reason)
-            elif windows:
+            if windows:
                 self._tables.trim(sequence)
-        if num_ended:
+        if len(self._by_id) < num_known:
             self._running = [sequence for sequence in self._running if sequence.sequence_id in self._by_id]
         return deltas
 
@@ -215,7 +216,7 @@ class Scheduler:
         and what it would have written cannot be found. What earlier steps wrote can."""
         self._land(plan)
         for sequence, start, _, _ in plan.spans:
-            self._tables.release(sequence, forget_from=start // self.config.block_size)
+            self._leave(sequence, forget_from=start // self.config.block_size)
             sequence.prompt_logprobs = [None]
             if sequence.is_cancelled:
                 del self._by_id[sequence.sequence_id]
@@ -250,19 +251,6 @@ class Scheduler:
                 assert samples == (start + length == len(s.token_ids)), f"{s}: samples is {samples}"
         self._tables.check_integrity(running)
 
-    def _refusal(self, request: SequenceRequest) -> InvalidRequest | None:
-        num_prompt, num_output = len(request.prompt_ids), len(request.output_ids)
-        max_tokens = request.sampling.max_tokens
-        if num_prompt == 0:
-            return InvalidRequest([FieldViolation("prompt_ids", "must hold at least 1 token, not 0")])
-        if num_prompt + num_output + 1 > self.context_limit:
-            bound = f"must leave room for 1 more token in a context of {self.context_limit}"
-            return ContextOverflow([FieldViolation("prompt_ids", f"{bound}, not hold {num_prompt + num_output}")])
-        if num_output >= max_tokens:
-            bound = f"must hold fewer than max_tokens ({max_tokens}) tokens, not {num_output}"
-            return InvalidRequest([FieldViolation("output_ids", bound)])
-        return None
-
     # Inside a step.
 
     def _serve(self, index: int, decodes: list[Span], longer: list[Span]) -> None:
@@ -291,8 +279,10 @@ class Scheduler:
         if not self._waiting or self._spare + len(self._running) - index < 1:
             return False
         sequence = self._waiting[0]
-        num_found = self._tables.find_prefix(sequence)
         victims = self._running[index:]
+        if not victims and not self._may_fit(index):
+            return False
+        num_found = self._tables.find_prefix(sequence)
         if victims and not self._fits(sequence, index, num_found, victims):
             return False
         while not self._fits(sequence, index, num_found, ()):
@@ -304,11 +294,18 @@ class Scheduler:
         del self._waiting[0]
         self._running.insert(index, sequence)
         self._spare -= 1
+        sequence.num_steps -= self._num_steps  # it is in every plan until it leaves
         if sequence.started_at is None:
             sequence.started_at = now
             sequence.num_cached = min(num_found * self.config.block_size, sequence.num_prompt)
         self._tables.hold(sequence, self._reservation.num_tokens(sequence), num_found)
         return True
+
+    def _may_fit(self, index: int) -> bool:
+        """A slot, and in every group a block beyond those to stay free: what any sequence needs. Looked at first, since
+        a full rank should not search for the prefix of the same sequence in every step."""
+        free = min(pool.num_free for pool in self._pools)
+        return len(self._running) < self.config.max_num_sequences and free > self._reservation.num_spare(index)
 
     def _fits(self, sequence: SequenceState, index: int, num_found: int, victims: Sequence[SequenceState]) -> bool:
         """Whether there is a slot and blocks, were ``victims`` gone. The ``index`` sequences before it may count on the
@@ -322,7 +319,7 @@ class Scheduler:
         """The last running sequence gives back its blocks and its token of this step, keeps all its tokens, and waits
         at its place in the order of service."""
         sequence = self._running.pop()
-        self._tables.release(sequence)
+        self._leave(sequence)
         self._spare += 1
         sequence.num_preemptions += 1
         sequence.prompt_logprobs = [None]
@@ -333,37 +330,59 @@ class Scheduler:
             raise RuntimeError("this plan is not the one in flight")
         self._in_flight = None
 
+    def _leave(self, sequence: SequenceState, forget_from: int | None = None) -> None:
+        """A sequence runs no more: gives its blocks back, and counts the steps since it was admitted."""
+        self._tables.release(sequence, forget_from)
+        sequence.num_steps += self._num_steps
+
+    def _first_output(
+        self,
+        sequence: SequenceState,
+        now: float,
+        prompt_logprobs: Mapping[str, Sequence[TokenLogprobs | None]],
+    ) -> tuple[TokenLogprobs | None, ...] | None:
+        """Notes the time, and joins the log probabilities of the prompt where they are wanted."""
+        sequence.first_output_at = now
+        if not sequence.wants_prompt_logprobs:
+            return None
+        gathered, sequence.prompt_logprobs = sequence.prompt_logprobs, []
+        return (*gathered, *prompt_logprobs.get(sequence.sequence_id, ()))
+
     def _advance(
         self,
         sequence: SequenceState,
-        token: SampledToken | None,
+        token: SampledToken,
+        prompt_logprobs: tuple[TokenLogprobs | None, ...] | None,
         now: float,
-        prompt_logprobs: Mapping[str, Sequence[TokenLogprobs | None]],
     ) -> SequenceDelta:
-        """What a sampled token, or the lack of one, means for its sequence."""
-        error = "the step gave no token" if token is None else token.error
-        if token is None or error is not None:
-            return SequenceDelta(sequence.sequence_id, (), (), None, FinishReason.ERROR, error, sequence.ledger(now))
-        joined = None
-        if sequence.first_output_at is None:
-            sequence.first_output_at = now
-            if sequence.wants_prompt_logprobs:
-                joined = (*sequence.prompt_logprobs, *prompt_logprobs.get(sequence.sequence_id, ()))
-                sequence.prompt_logprobs = []
+        """One more known token, which may be the last."""
+        token_id = token.token_id
+        sequence.token_ids.append(token_id)
         sequence.last_output_at = now
-        sequence.token_ids.append(token.token_id)
         logprobs = () if token.logprobs is None else (token.logprobs,)
-        if len(sequence.token_ids) < sequence.max_known and token.token_id not in sequence.end_ids:
-            return SequenceDelta(sequence.sequence_id, (token.token_id,), logprobs, joined)
-        reason = sequence.finish_reason(token.token_id)
-        ledger = None if reason is None else sequence.ledger(now)
-        return SequenceDelta(sequence.sequence_id, (token.token_id,), logprobs, joined, reason, None, ledger)
+        if len(sequence.token_ids) >= sequence.max_known or token_id in sequence.end_ids:
+            reason = sequence.finish_reason(token_id)
+            if reason is not None:
+                return self._end(sequence, reason, now, (token_id,), logprobs, prompt_logprobs)
+        return SequenceDelta(sequence.sequence_id, (token_id,), logprobs, prompt_logprobs)
 
-    def _end(self, sequence: SequenceState, reason: FinishReason) -> None:
-        """Frees a sequence. What a failed one computed is not offered to others."""
-        self._tables.release(sequence, forget_from=0 if reason is FinishReason.ERROR else None)
+    def _end(
+        self,
+        sequence: SequenceState,
+        reason: FinishReason,
+        now: float,
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprobs, ...] = (),
+        prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None,
+        error: str | None = None,
+    ) -> SequenceDelta:
+        """Frees a running sequence and makes its last delta. What a failed one computed is not offered to others."""
+        self._leave(sequence, forget_from=0 if reason is FinishReason.ERROR else None)
         del self._by_id[sequence.sequence_id]
+        ledger = sequence.ledger(now)
+        return SequenceDelta(sequence.sequence_id, token_ids, logprobs, prompt_logprobs, reason, error, ledger)
 
     def _take_cancelled(self, now: float) -> list[SequenceDelta]:
+        """The last deltas of those that were cancelled while no step was in flight, or waited."""
         gone, self._cancelled = self._cancelled, []
-        return [SequenceDelta(s.sequence_id, (), (), None, FinishReason.CANCELLED, None, s.ledger(now)) for s in gone]
+        return [SequenceDelta(s.sequence_id, finish_reason=FinishReason.CANCELLED, ledger=s.ledger(now)) for s in gone]

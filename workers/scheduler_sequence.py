@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
 from typing import NamedTuple
 
 from moestro.protos.sequences import FinishReason, SamplingParams, SequenceLedger, SequenceRequest, TokenLogprobs
+
+
+@lru_cache(maxsize=64)
+def _end_ids(*token_ids: tuple[int, ...]) -> frozenset[int]:
+    """One set for all sequences that end alike: looked into for every token, so it should stay in the cache."""
+    return frozenset(chain.from_iterable(token_ids))
 
 
 class SequenceState:
@@ -32,11 +40,9 @@ class SequenceState:
         "num_preemptions",
         "num_prompt",
         "num_published",
-        "num_replayed",
         "num_steps",
         "priority",
         "prompt_logprobs",
-        "quiet_until",
         "sampling",
         "sequence_id",
         "started_at",
@@ -51,18 +57,14 @@ class SequenceState:
         self.key = (request.priority, arrival)  # the total order of service
         self.token_ids: list[int] = [*request.prompt_ids, *request.output_ids]
         self.num_prompt = len(request.prompt_ids)
-        self.num_replayed = len(request.output_ids)
         self.max_known = min(self.num_prompt + sampling.max_tokens, context_limit)  # known tokens at which it ends
-        self.end_ids = frozenset(sampling.stop_token_ids) | frozenset(
-            () if sampling.ignore_eos else sampling.eos_token_ids
-        )
+        self.end_ids = _end_ids(sampling.stop_token_ids, () if sampling.ignore_eos else sampling.eos_token_ids)
         self.num_computed = 0
         self.is_cancelled = False
         # Blocks. Written by scheduler_tables alone.
         self.block_tables: tuple[list[int], ...] = tuple([] for _ in range(num_groups))
         self.first_live = [0] * num_groups  # per group: table entries before it are null, behind the window
         self.capacity = 0  # tokens that the tables of every group have room for
-        self.quiet_until = 0  # a single token at a position before this one needs nothing from the pools
         self.digests: list[bytes] = []  # of the full blocks, as far as anybody asked
         self.num_published = 0
         # Account.

@@ -43,8 +43,9 @@ class TableManager:
         found = 0
         while found < most:
             digest = self._digest(sequence, found)
-            if any(pool.find(digest) is None for pool in self._pools):
-                break
+            for pool in self._pools:
+                if pool.find(digest) is None:
+                    return found
             found += 1
         return found
 
@@ -101,7 +102,6 @@ class TableManager:
     def commit(self, sequence: SequenceState, end: int) -> None:
         """A step will compute the tokens before ``end``: publishes the blocks that it fills."""
         if not self.is_sharing:
-            sequence.quiet_until = sequence.capacity
             return
         size = self._block_size
         for index in range(sequence.num_published, end // size):
@@ -109,7 +109,6 @@ class TableManager:
             for table, pool in zip(sequence.block_tables, self._pools, strict=True):
                 pool.publish(table[index], digest)
         sequence.num_published = end // size
-        sequence.quiet_until = min(sequence.capacity, end - end % size + size - 1)
 
     def trim(self, sequence: SequenceState) -> None:
         """Frees the blocks that lie wholly behind the window of the next token to compute."""
@@ -134,7 +133,7 @@ class TableManager:
         # New lists: whoever still looks at the old plan sees it as it was.
         sequence.block_tables = tuple([] for _ in self._pools)
         sequence.first_live = [0] * len(self._pools)
-        sequence.num_computed = sequence.num_published = sequence.capacity = sequence.quiet_until = 0
+        sequence.num_computed = sequence.num_published = sequence.capacity = 0
 
     def check_integrity(self, holders: Sequence[SequenceState]) -> None:
         """Asserts that tables and pools agree and that every position a next token would see has its block."""
@@ -149,7 +148,6 @@ class TableManager:
                 assert all(table[s.first_live[index] :]), f"{s}: a block within the window is missing: {table}"
         for s in holders:
             assert s.num_computed <= s.capacity == min(map(len, s.block_tables)) * size, f"{s}: capacity {s.capacity}"
-            assert s.quiet_until <= s.capacity, f"{s}: quiet until {s.quiet_until} of {s.capacity}"
             for table, pool in zip(s.block_tables, self._pools, strict=True):
                 for index, block in enumerate(table):
                     name = pool.digest_of(block)

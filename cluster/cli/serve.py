@@ -41,7 +41,7 @@ def serve(
             "rank": {"device": device},
         },
     )
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
     _serve(settings, Console(stderr=True))
 
 

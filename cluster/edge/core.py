@@ -22,7 +22,7 @@ from moestro.cluster.edge.served import EdgeLimits, ServedModel
 from moestro.cluster.edge.validation import ValidRequest, fit, validate_chat, validate_generate, validate_token_ids
 from moestro.protos.errors import FieldViolation, InvalidRequest, Overloaded, UnknownModel
 from moestro.protos.gen import inference_pb2 as pb
-from moestro.workers.sampling.noise import derive_seed
+from moestro.workers.sampling.seeds import derive_seed
 
 
 class RequestStream:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -17,11 +18,9 @@ from ray.serve.schema import ApplicationStatus
 
 from moestro.cluster.config import Config
 from moestro.cluster.directory import GroupEntry
-from moestro.cluster.serving.deployments import APP_NAME, build_app
+from moestro.cluster.serving.app import APP_NAME, build_app
 from moestro.cluster.serving.specs import rank_resources
 from moestro.protos.errors import ConfigError, MoestroError
-
-log = logging.getLogger(__name__)
 
 POLL_S = 0.1
 SERVE_CPUS = 1.0  # Serve's controller and the groups' own bundles ask for fractions of a CPU
@@ -40,6 +39,8 @@ def running_cluster(config: Config, on_progress: Progress) -> Iterator[str]:
     ``on_progress`` is called while the model loads. Raises ConfigError or StartFailed with nothing left running.
     """
     check_port(config)
+    for name in ("ray.serve", "ray._private.authentication"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # their running commentary is in Ray's own log files
     with _ray(config) as dashboard_url:
         serve.start(http_options={"location": "NoServer"}, logging_config={"log_level": "WARNING"})
         app = build_app(config, secret=secrets.token_hex(32))
@@ -70,9 +71,10 @@ def check_port(config: Config) -> None:
 def _ray(config: Config) -> Iterator[str]:
     """A connection to the given Ray cluster, or a cluster of our own for as long as the block runs."""
     cluster = config.cluster
-    # Without a token anyone who reaches Ray's ports can run code here; Ray makes the token on first use.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    # RAY_AUTH_MODE is left alone: Ray turns token authentication on for clusters it starts, and keeps the token in the
+    # user's home. Without it anyone who reaches Ray's ports could run code here.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     common: dict[str, Any] = {"namespace": APP_NAME, "log_to_driver": False, "logging_level": logging.WARNING}
     if cluster.ray_address:
         context = ray.init(address=cluster.ray_address, **common)
@@ -87,12 +89,11 @@ def _ray(config: Config) -> Iterator[str]:
             dashboard_port=cluster.dashboard_port,
             **common,
         )
+    for each, handler in handlers.items():
+        signal.signal(each, handler)  # ray.init puts a crash reporter on SIGTERM; ours stops in order
     try:
         yield context.dashboard_url or ""
     finally:
-        if not cluster.ray_address:
-            with suppress(Exception):
-                serve.shutdown()
         ray.shutdown()
 
 

@@ -1,8 +1,8 @@
 """Chat templates: Jinja from a checkpoint, rendered as transformers does, under bounds.
 
 The environment matches transformers' (immutable sandbox, trim_blocks, lstrip_blocks, loop controls, ``tojson`` without
-HTML escapes, ``raise_exception``, ``strftime_now``, ``{% generation %}``). What a hostile template may use up is bounded
-by ``sandbox``.
+HTML escapes, ``raise_exception``, ``strftime_now``, ``{% generation %}``). What a hostile template may use up is
+bounded by ``sandbox``.
 """
 
 from __future__ import annotations

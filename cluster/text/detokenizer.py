@@ -77,10 +77,7 @@ class PieceDetokenizer:
             lead = self._lead(token_ids)
         else:
             lead = b""
-        if len(token_ids) == 1:
-            data = self._piece(token_ids[0])
-        else:
-            data = b"".join(map(self._piece, token_ids))
+        data = self._piece(token_ids[0]) if len(token_ids) == 1 else b"".join(map(self._piece, token_ids))
         text = self._utf8.decode(lead + data if lead else data)
         return self._stripped(text) if self._strip and text else text
 

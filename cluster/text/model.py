@@ -86,7 +86,9 @@ class TextModel:
         """Token ids of ``text``. Text that spells a special token becomes that token, as in transformers."""
         try:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        except UnicodeEncodeError as error:
+        except TypeError as error:  # what tokenizers says of a str that has no UTF-8
+            if not isinstance(text, str):
+                raise
             raise InvalidRequest([FieldViolation("text", "not valid Unicode: a lone surrogate")]) from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -101,7 +103,7 @@ class TextModel:
         return detokenizer.feed(ids) + detokenizer.flush()
 
     def token_text(self, token_id: int) -> str:
-        """One token for display: its text inside a text, bytes of unfinished characters as ``\\xNN``; unknown: empty."""
+        """One token for display: its text inside a text, bytes of unfinished characters as ``\\xNN``; unknown: ''."""
         token = self._tokens[token_id] if 0 <= token_id < len(self._tokens) else None
         if token is None:
             return ""

@@ -19,9 +19,11 @@ from functools import wraps
 from typing import Any
 
 from jinja2 import TemplateRuntimeError, nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 
@@ -58,6 +60,24 @@ class Budget:
         if self._output > self.bounds.max_chars:
             raise TemplateBoundExceeded(f"an output of more than {self.bounds.max_chars} characters")
 
+    def check_weight(self, *values: object) -> int:
+        """Refuse containers that hold more than ``max_chars`` items and characters at any depth.
+
+        An item counts once for each way that leads to it, since printing or comparing visits it as often.
+        """
+        weight, stack = 0, list(values)
+        while stack:
+            value = stack.pop()
+            weight += 1 + (len(value) if isinstance(value, str) else 0)
+            if isinstance(value, dict):
+                stack.extend(value)
+                stack.extend(value.values())
+            elif isinstance(value, list | tuple):
+                stack.extend(value)
+            if weight > self.bounds.max_chars or len(stack) > self.bounds.max_chars:
+                raise TemplateBoundExceeded(f"a value of more than {self.bounds.max_chars} characters and items")
+        return weight
+
     def check_size(self, size: int) -> None:
         """Refuse a value of ``size`` characters or items; small values are free, large ones add up."""
         if size > self.bounds.max_chars:
@@ -72,13 +92,19 @@ class Budget:
 
 _BUDGET: ContextVar[Budget] = ContextVar("budget")
 
-_WIDE = re.compile(r"\{[^}]*\{|%[-+ #0]*\*|%[^a-zA-Z]*\.\*|\d{4,}")
+# widths and precisions that could make a large result of a small value: over 3 digits, or taken from an argument
+_WIDE_PERCENT = re.compile(r"%(\([^)]*\))?[-+ #0]*(\*|\d{4,}|\d*\.(\*|\d{4,}))")
+_WIDE_BRACES = re.compile(r"\{[^{}]*(\{|\d{4,}[^{}]*\})")
 
 _STR_METHODS = frozenset(
-    ["capitalize", "casefold", "count", "endswith", "find", "format", "index", "isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "isidentifier", "islower", "isnumeric", "isprintable", "isspace", "istitle", "isupper", "join", "lower", "lstrip", "partition", "removeprefix", "removesuffix", "replace", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "split", "splitlines", "startswith", "strip", "swapcase", "title", "upper"]
+    """capitalize casefold count endswith find format index isalnum isalpha isascii isdecimal isdigit isidentifier
+    islower isnumeric isprintable isspace istitle isupper join lower lstrip partition removeprefix removesuffix replace
+    rfind rindex rpartition rsplit rstrip split splitlines startswith strip swapcase title upper""".split()  # noqa: SIM905
 )
 _FILTERS = frozenset(
-    ["abs", "attr", "bool", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "filesizeformat", "first", "float", "forceescape", "format", "groupby", "indent", "int", "items", "join", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "replace", "reverse", "round", "safe", "select", "selectattr", "sort", "string", "striptags", "sum", "title", "trim", "unique", "upper", "urlencode", "wordcount"]
+    """abs attr bool capitalize count d default dictsort e escape filesizeformat first float forceescape format groupby
+    indent int items join last length list lower map max min reject rejectattr replace reverse round safe select
+    selectattr sort string striptags sum title trim unique upper urlencode wordcount""".split()  # noqa: SIM905
 )
 
 
@@ -97,6 +123,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.filters["replace"] = _replace
         self.filters["format"] = _percent
         self.filters["_moestro_iterate"] = _iterate
+        self.filters["_moestro_weigh"] = _weigh
+        self.globals["namespace"] = _OpaqueNamespace
         self.filters["_moestro_concat"] = _concat
         for name in ("lipsum", "cycler", "joiner"):
             del self.globals[name]
@@ -129,9 +157,12 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         budget.spend_step()
         if operator == "+" and _sized(left) and _sized(right):
             budget.check_size(len(left) + len(right))
+            if not isinstance(left, str):
+                budget.check_weight(left, right)
         elif operator == "*" and (_sized(left) or _sized(right)):
+            value, times = (left, right) if _sized(left) else (right, left)
             budget.check_size(
-                (len(left) if _sized(left) else int(left)) * (len(right) if _sized(right) else int(right))
+                (len(value) if isinstance(value, str) else budget.check_weight(value)) * max(0, int(times))
             )
         elif operator == "*":
             _check_numbers(left, right)
@@ -150,6 +181,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             return _join(args[0], owner) if len(args) == 1 else owner.join(*args)
         if isinstance(owner, str) and name == "replace":
             return _replace(owner, *args, **kwargs)
+        budget.check_weight(*args, *kwargs.values())
         result = super().call(__context, __obj, *args, **kwargs)
         if _sized(result):
             budget.check_size(len(result))
@@ -164,24 +196,44 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         template = str(value.__self__)
 
         def bounded_format(*args: Any, **kwargs: Any) -> str:
-            _check_format(template)
+            _check_format(template.replace("{{", "").replace("}}", ""), _WIDE_BRACES)
             _check_args((*args, *kwargs.values()), template.count("{"), len(template))
             return wrapper(*args, **kwargs)
 
         return bounded_format
 
 
+class _OpaqueNamespace(Namespace):
+    """A namespace whose text does not show what it holds: assignments to it could not be weighed."""
+
+    def __repr__(self) -> str:
+        return "<namespace>"
+
+
 class _Bounding(NodeTransformer):
-    """Rewrites the template so that loops and string building pass through the budget."""
+    """Rewrites the template so that loops and everything built pass through the budget."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
-        node = self.generic_visit(node)
-        node.iter = _filtered(node.iter, "_moestro_iterate")
+        self.generic_visit(node)
+        iterable: nodes.Expr = node.iter  # type: ignore[assignment]  # jinja2 declares it a plain Node
+        node.iter = _filtered(iterable, "_moestro_iterate")
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        node = self.generic_visit(node)
+        self.generic_visit(node)
         return _filtered(nodes.Tuple(node.nodes, "load", lineno=node.lineno), "_moestro_concat")
+
+    def visit_List(self, node: nodes.List) -> nodes.Node:
+        self.generic_visit(node)
+        return _filtered(node, "_moestro_weigh")
+
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
+        self.generic_visit(node)
+        return _filtered(node, "_moestro_weigh")
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        self.generic_visit(node)
+        return _filtered(node, "_moestro_weigh") if node.ctx == "load" else node
 
 
 def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
@@ -195,6 +247,13 @@ def _sized(value: object) -> bool:
 def _length(value: object) -> int:
     """Characters that ``value`` has as text, near enough for a bound: exact for strings, a guess for the rest."""
     return len(value) if isinstance(value, str) else 32
+
+
+def _weigh(value: Any) -> Any:
+    budget = _BUDGET.get()
+    budget.spend_step()
+    budget.check_weight(value)
+    return value
 
 
 def _iterate(iterable: Any) -> Iterator[Any]:
@@ -272,15 +331,13 @@ def _indent(s: Any, width: int | str = 4, first: bool = False, blank: bool = Fal
 def _percent(value: Any, *args: Any, **kwargs: Any) -> str:
     _BUDGET.get().spend_step()
     template = str(value)
-    _check_format(template)
+    _check_format(template.replace("%%", ""), _WIDE_PERCENT)
     _check_args((*args, *kwargs.values()), template.count("%"), len(template))
     return template % (kwargs or args)
 
 
-def _check_format(template: str) -> None:
-    """Refuse widths and precisions that could make a large result of a small value."""
-    plain = template.replace("{{", "").replace("}}", "")
-    if _WIDE.search(plain):
+def _check_format(template: str, wide: re.Pattern[str]) -> None:
+    if wide.search(template):
         raise TemplateBoundExceeded("a format width or precision of more than 3 digits, or taken from an argument")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -118,7 +119,7 @@ class Driver:
         batch = self.batch(spans)
         logits = self.decoder.forward(batch, self.cache)
         starts = batch.query_start_S1
-        return [logits[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+        return [logits[a:b] for a, b in pairwise(starts)]
 
     def batch(self, spans: Sequence[tuple[int, Sequence[int]]]) -> Batch:
         assert [len(ids) > 1 for _, ids in spans] == sorted(len(ids) > 1 for _, ids in spans), "decodes come first"

@@ -8,15 +8,8 @@ import pytest
 import torch
 from tests.sampling.statistics import chi_square_fits, kolmogorov_smirnov_fits, uncorrelated
 
-from moestro.workers.sampling.noise import (
-    GAMMA,
-    derive_seed,
-    gumbel_,
-    mix64,
-    row_keys,
-    uniform_at,
-    uniform_vocab,
-)
+from moestro.workers.sampling.noise import gumbel_, row_keys, uniform_at, uniform_vocab
+from moestro.workers.sampling.seeds import GAMMA, derive_seed, mix64
 
 torch.set_num_threads(1)
 MASK = (1 << 64) - 1

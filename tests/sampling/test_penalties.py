@@ -17,7 +17,7 @@ V = 50
 
 
 def row(prompt: tuple[int, ...] = (), output: tuple[int, ...] = (), **params: Any) -> SamplingRow:
-    return SamplingRow(SamplingParams(**params), prompt, output, len(prompt) + len(output))
+    return SamplingRow(SamplingParams(**params), (*prompt, *output), len(prompt), len(prompt) + len(output))
 
 
 def logits(rows: int = 1, seed: int = 0) -> torch.Tensor:

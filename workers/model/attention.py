@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moestro.kernels.linear import Linear, make_linear
+from moestro.kernels.linear import Linear, empty_weight, make_linear
 from moestro.kernels.paged_attention import AttentionPlan, paged_attention, write_kv_
 from moestro.kernels.rms_norm import rms_norm
 from moestro.kernels.rotary import rotate
 from moestro.router.parallel import TensorParallel
 from moestro.workers.kv_cache import LayerCache
 from moestro.workers.model.sharding import HeadShard, shard_heads
-from moestro.workers.model.weights import WeightSource, read
+from moestro.workers.model.weights import WeightSource, read, read_linear
 from moestro.workers.model_config import AttentionSpec, QKNorm
 
 
@@ -103,7 +103,7 @@ def build_attention(
         ("v", heads.first_kv_head, heads.num_kv_heads),
     )
     num_rows = sum(num for _, _, num in parts) * dim
-    weight_NM = torch.empty(num_rows, hidden_size, dtype=source.dtype, device=source.device)
+    weight_NM = empty_weight(num_rows, hidden_size, source.dtype, source.device)
     bias_N = torch.empty(num_rows, dtype=source.dtype, device=source.device) if spec.qkv_bias else None
     row = 0
     for part, first, num in parts:
@@ -113,11 +113,10 @@ def build_attention(
         row += num * dim
     qkv = make_linear(weight_NM, bias_N)
     del weight_NM
-    out = make_linear(
-        read(source, prefix + "o_proj.weight", hidden_size, heads.num_heads * dim, column=heads.first_head * dim),
-        # Row-parallel: the ranks' results are added, so one of them brings the bias.
-        read(source, prefix + "o_proj.bias", hidden_size) if spec.out_bias and tp.rank == 0 else None,
-    )
+    # Row-parallel: the ranks' results are added, so one of them brings the bias.
+    out_bias = read(source, prefix + "o_proj.bias", hidden_size) if spec.out_bias and tp.rank == 0 else None
+    width, first_column = heads.num_heads * dim, heads.first_head * dim
+    out = read_linear(source, prefix + "o_proj.weight", hidden_size, width, column=first_column, bias_O=out_bias)
     return Attention(spec, heads, qkv, out, _build_norm(spec, heads, eps, prefix, source, tp), tp)
 
 

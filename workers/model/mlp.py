@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from moestro.kernels.grouped_experts import swiglu
-from moestro.kernels.linear import Linear, make_linear
+from moestro.kernels.linear import Linear, empty_weight, make_linear
 from moestro.router.parallel import TensorParallel
 from moestro.workers.model.sharding import even_shard
-from moestro.workers.model.weights import WeightSource, read
+from moestro.workers.model.weights import WeightSource, read, read_linear
 from moestro.workers.model_config import DenseSpec
 
 
@@ -34,7 +34,7 @@ class DenseMlp:
 def build_mlp(spec: DenseSpec, hidden_size: int, prefix: str, source: WeightSource, tp: TensorParallel) -> DenseMlp:
     """Reads this rank's share. Raises ConfigError when the width cannot be shared equally."""
     start, width = even_shard("intermediate_size", spec.width, tp.rank, tp.size)
-    gate_up_2WM = torch.empty(2 * width, hidden_size, dtype=source.dtype, device=source.device)
+    gate_up_2WM = empty_weight(2 * width, hidden_size, source.dtype, source.device)
     bias_2W = torch.empty(2 * width, dtype=source.dtype, device=source.device) if spec.bias else None
     for half, part in ((slice(0, width), "gate"), (slice(width, None), "up")):
         source.read_(gate_up_2WM[half], f"{prefix}{part}_proj.weight", row=start)
@@ -42,9 +42,7 @@ def build_mlp(spec: DenseSpec, hidden_size: int, prefix: str, source: WeightSour
             source.read_(bias_2W[half], f"{prefix}{part}_proj.bias", row=start)
     gate_up = make_linear(gate_up_2WM, bias_2W)
     del gate_up_2WM
-    down = make_linear(
-        read(source, prefix + "down_proj.weight", hidden_size, width, column=start),
-        # The ranks' results are added, so one of them brings the bias.
-        read(source, prefix + "down_proj.bias", hidden_size) if spec.bias and tp.rank == 0 else None,
-    )
+    # The ranks' results are added, so one of them brings the bias.
+    down_bias = read(source, prefix + "down_proj.bias", hidden_size) if spec.bias and tp.rank == 0 else None
+    down = read_linear(source, prefix + "down_proj.weight", hidden_size, width, column=start, bias_O=down_bias)
     return DenseMlp(gate_up, down, tp)

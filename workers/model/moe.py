@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from moestro.kernels.grouped_experts import GroupedExperts, make_experts
-from moestro.kernels.linear import Linear, PlainLinear, make_linear
+from moestro.kernels.linear import Linear, PlainLinear
 from moestro.router.gate import softmax_topk
 from moestro.router.parallel import NoTensorParallel, TensorParallel
 from moestro.router.transport import Transport
 from moestro.workers.model.mlp import DenseMlp, build_mlp
 from moestro.workers.model.sharding import token_shard
-from moestro.workers.model.weights import WeightSource, read
+from moestro.workers.model.weights import WeightSource, read, read_linear
 from moestro.workers.model_config import DenseSpec, GateSpec, MoeSpec
 
 
@@ -93,7 +93,7 @@ def build_moe(
         source.read_(gate_up_2WM[spec.width :], expert + "up_proj.weight")
         source.read_(down_MW, expert + "down_proj.weight")
 
-    gate = make_linear(read(source, prefix + "gate.weight", spec.gate.num_experts, hidden_size))
+    gate = read_linear(source, prefix + "gate.weight", spec.gate.num_experts, hidden_size)
     experts = make_experts(len(local_experts), spec.width, hidden_size, source.dtype, source.device, fill)
     shared = None
     if spec.shared_width is not None:

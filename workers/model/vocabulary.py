@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from moestro.kernels.linear import Linear, PlainLinear, make_linear
+from moestro.kernels.linear import Linear, PlainLinear, empty_weight, make_linear
 from moestro.router.parallel import TensorParallel
 from moestro.workers.model.weights import WeightSource
 
@@ -52,21 +52,21 @@ def build_vocabulary(
     vocab_size: int, hidden_size: int, tied: bool, source: WeightSource, tp: TensorParallel
 ) -> tuple[Embedding, LMHead]:
     """Reads this rank's rows. A tied table is held once, and therefore not repacked for the head."""
-    weight_vM = _read_rows("model.embed_tokens.weight", vocab_size, hidden_size, source, tp)
-    first = tp.rank * weight_vM.shape[0]
+    share = -(-vocab_size // tp.size)
+    first = tp.rank * share
+    weight_vM = torch.empty(share, hidden_size, dtype=source.dtype, device=source.device)
+    _read_rows(weight_vM, "model.embed_tokens.weight", first, vocab_size, source)
     if tied:
         linear: Linear = PlainLinear(weight_vM)
     else:
-        linear = make_linear(_read_rows("lm_head.weight", vocab_size, hidden_size, source, tp))
+        head_vM = empty_weight(share, hidden_size, source.dtype, source.device)
+        _read_rows(head_vM, "lm_head.weight", first, vocab_size, source)
+        linear = make_linear(head_vM)
     return Embedding(weight_vM, first, tp), LMHead(linear, vocab_size, tp)
 
 
-def _read_rows(name: str, vocab_size: int, hidden_size: int, source: WeightSource, tp: TensorParallel) -> Tensor:
-    share = -(-vocab_size // tp.size)
-    first = min(tp.rank * share, vocab_size)
-    num_rows = min(share, vocab_size - first)
-    weight_vM = torch.empty(share, hidden_size, dtype=source.dtype, device=source.device)
-    weight_vM[num_rows:].zero_()
+def _read_rows(out_vM: Tensor, name: str, first: int, vocab_size: int, source: WeightSource) -> None:
+    num_rows = max(0, min(len(out_vM), vocab_size - first))
+    out_vM[num_rows:].zero_()
     if num_rows:
-        source.read_(weight_vM[:num_rows], name, row=first)
-    return weight_vM
+        source.read_(out_vM[:num_rows], name, row=first)

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from moestro.kernels.linear import Linear, empty_weight, make_linear
 from moestro.workers.model_config import AttentionSpec, DenseSpec, ModelConfig, MoeSpec, QKNorm
 
 
@@ -32,6 +33,22 @@ def read(source: WeightSource, name: str, *shape: int, row: int = 0, column: int
     out = torch.empty(shape, dtype=source.dtype, device=source.device)
     source.read_(out, name, row, column)
     return out
+
+
+def read_linear(
+    source: WeightSource,
+    name: str,
+    out_features: int,
+    in_features: int,
+    *,
+    row: int = 0,
+    column: int = 0,
+    bias_O: Tensor | None = None,
+) -> Linear:
+    """A linear from a piece of ``name``."""
+    weight_OI = empty_weight(out_features, in_features, source.dtype, source.device)
+    source.read_(weight_OI, name, row, column)
+    return make_linear(weight_OI, bias_O)
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

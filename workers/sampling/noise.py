@@ -24,33 +24,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-GAMMA = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, odd: the increment of SplitMix64
-_MIX_1 = 0xBF58476D1CE4E5B9
-_MIX_2 = 0x94D049BB133111EB
-_CHOICE = 0xD1B54A32D192ED03  # keeps the seeds of choices apart from the keys of positions
-_MASK_64 = (1 << 64) - 1
+from moestro.workers.sampling.seeds import GAMMA, MIX_1, MIX_2
+
 _UNIFORM_SCALE = 2.0**-31 * (1.0 - 2.0**-24)  # a float32; keeps the largest uniform below one
-
-
-def derive_seed(seed: int, choice: int) -> int:
-    """The seed of choice number ``choice`` (from 0) of a request with ``seed``; choice 0 keeps the seed itself.
-
-    Both are unsigned 64 bit. Choices from 1 on are all different from each other, since the mixer is a bijection.
-    """
-    if not 0 <= seed <= _MASK_64:
-        raise ValueError(f"seed must be in [0, 2**64), not {seed}")
-    if choice < 0:
-        raise ValueError(f"choice must be at least 0, not {choice}")
-    if choice == 0:
-        return seed
-    return mix64((mix64((seed ^ _CHOICE) & _MASK_64) + choice * GAMMA) & _MASK_64)
-
-
-def mix64(value: int) -> int:
-    """The finalizer of SplitMix64 on one unsigned 64-bit integer."""
-    value = ((value ^ (value >> 30)) * _MIX_1) & _MASK_64
-    value = ((value ^ (value >> 27)) * _MIX_2) & _MASK_64
-    return value ^ (value >> 31)
 
 
 def row_keys(seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
@@ -87,9 +63,9 @@ def _to_uniform(word: Tensor) -> Tensor:
 def _mix64_(value: Tensor) -> Tensor:
     """``mix64`` on int64 tensors, in place; the shifts are made logical by masking the copies of the sign bit."""
     value ^= _logical_shift(value, 30)
-    value *= _signed(_MIX_1)
+    value *= _signed(MIX_1)
     value ^= _logical_shift(value, 27)
-    value *= _signed(_MIX_2)
+    value *= _signed(MIX_2)
     value ^= _logical_shift(value, 31)
     return value
 

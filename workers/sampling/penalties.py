@@ -52,7 +52,7 @@ def penalize_repetition_(x_SV: Tensor, rows: Sequence[SamplingRow]) -> None:
     chosen = [(s, row) for s, row in enumerate(rows) if _repeats(row.params)]
     if not chosen:
         return
-    seen = [(s, np.concatenate([as_ids(row.prompt_ids), as_ids(row.output_ids)])) for s, row in chosen]
+    seen = [(s, as_ids(row.token_ids)) for s, row in chosen]
     index_N = _flat_index(x_SV, seen)
     penalty_N = _row_values(x_SV, rows, index_N, [row.params.repetition_penalty for row in rows])
     flat = x_SV.view(-1)
@@ -88,10 +88,10 @@ def mask_end_tokens_(x_SV: Tensor, rows: Sequence[SamplingRow]) -> None:
 def masks_end_tokens(row: SamplingRow) -> bool:
     """Whether min_tokens forbids this row to end now."""
     params = row.params
-    return len(row.output_ids) < params.min_tokens and bool(params.eos_token_ids or params.stop_token_ids)
+    return row.num_output < params.min_tokens and bool(params.eos_token_ids or params.stop_token_ids)
 
 
-def as_ids(ids: Sequence[int]) -> _Ids:
+def as_ids(ids: Sequence[int] | _Ids) -> _Ids:
     """Token ids as an array; an int64 array costs nothing, a tuple some 30 ns a token."""
     return ids if isinstance(ids, np.ndarray) else np.fromiter(ids, dtype=np.int64, count=len(ids))
 
@@ -109,7 +109,7 @@ def _flat_index(x_SV: Tensor, pairs: Sequence[tuple[int, Sequence[int] | _Ids]])
     vocab_size = x_SV.shape[1]
     parts = []
     for s, ids in pairs:
-        array = ids if isinstance(ids, np.ndarray) else np.fromiter(ids, dtype=np.int64, count=len(ids))
+        array = as_ids(ids)
         inside = array[(array >= 0) & (array < vocab_size)]  # another's row would be hit otherwise
         parts.append(inside + s * vocab_size)
     return upload(torch.from_numpy(np.concatenate(parts)), torch.int64, x_SV.device)

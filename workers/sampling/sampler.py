@@ -147,7 +147,10 @@ def _draw_ranked(y_GV: Tensor, rows: Sequence[SamplingRow], width: int) -> Tenso
         upload([log_min_p(row.params.min_p) for row in rows], torch.float32, device),
         upload([row.params.top_p if row.params.top_p < 1 else OFF_TOP_P for row in rows], torch.float64, device),
     )
-    noise_GW = gumbel_(uniform_at(_keys(rows, device), id_GW))
+    key_G, vocab_size = _keys(rows, device), y_GV.shape[1]
+    # The same bits either way; hashing a whole vocabulary costs half as much a token.
+    uniform_GW = uniform_at(key_G, id_GW) if width < vocab_size else uniform_vocab(key_G, vocab_size).gather(1, id_GW)
+    noise_GW = gumbel_(uniform_GW)
     score_GW = noise_GW.add_(y_GW).masked_fill_(~keep_GW, float("-inf"))
     return id_GW.gather(1, score_GW.argmax(dim=1)[:, None])[:, 0]
 

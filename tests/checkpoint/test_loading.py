@@ -1,0 +1,172 @@
+"""Checkpoints in every layout that transformers writes, and what a rank reads of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tests.model.oracle import MODELS, Driver, make_model, random_ids, reference_logits, save_model
+from torch import Tensor
+
+from moestro.router.transport import LocalTransport
+from moestro.workers.checkpoint import open_checkpoint
+from moestro.workers.loading import Progress, load_model, random_model
+
+MOE = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"]
+
+
+def logits_of(decoder) -> Tensor:
+    return Driver(decoder).step([(0, random_ids(12, seed=9))])[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_single_and_sharded_files_are_the_same_model(name, tmp_path):
+    model = make_model(name)
+    one = load_model(save_model(model, tmp_path / "one"))
+    many = load_model(save_model(model, tmp_path / "many", max_shard_size="60KB"))
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    assert torch.equal(logits_of(one), logits_of(many))
+
+
+@pytest.mark.parametrize("name", MOE)
+def test_experts_in_one_tensor_per_layer(name, tmp_path):
+    """The modules' own layout, which transformers writes when it is told not to restore the original one."""
+    model = make_model(name)
+    save_model(model, tmp_path, save_original_format=False)
+    stacked = [key for key in load_file(tmp_path / "model.safetensors") if key.endswith("experts.gate_up_proj")]
+    assert stacked, "transformers no longer writes stacked experts"
+    ids = random_ids(12, seed=9)
+    torch.testing.assert_close(logits_of(load_model(tmp_path)), reference_logits(model, ids), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_dtype_of_the_checkpoint_or_the_one_asked_for(saved, tmp_path):
+    model = make_model("qwen3_moe")
+    save_model(make_model("qwen3_moe").to(saved), tmp_path)
+    for parameter in model.parameters():  # not the model: that would round the rope's frequencies too
+        parameter.data = parameter.data.to(saved).float()
+    assert load_model(tmp_path).cache_spec.dtype == saved
+    wide = load_model(tmp_path, dtype=torch.float32)
+    ids = random_ids(12, seed=9)
+    torch.testing.assert_close(logits_of(wide), reference_logits(model, ids), rtol=0, atol=2e-4)
+
+
+def test_what_old_releases_saved_beside_the_weights_is_ignored(tmp_path):
+    model = make_model("llama")
+    save_model(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()  # tied
+    save_file(tensors, tmp_path / "model.safetensors")
+    ids = random_ids(12, seed=9)
+    torch.testing.assert_close(logits_of(load_model(tmp_path)), reference_logits(model, ids), rtol=0, atol=2e-4)
+
+
+@dataclass(frozen=True)
+class Half:
+    """Some of the experts; never asked to move a row."""
+
+    local_experts: tuple[int, ...]
+
+
+def test_a_rank_reads_its_own_experts_and_nothing_else_of_them(folder):
+    seen: list[Progress] = []
+    local = (5, 2)
+    decoder = load_model(folder, transport=Half(local), on_progress=seen.append)
+    tensors = load_file(folder / "model.safetensors")
+    experts = {key: t for key, t in tensors.items() if ".experts." in key}
+    mine = {key: t for key, t in experts.items() if int(key.split(".")[5]) in local}
+    for index, layer in enumerate(decoder.layers):
+        assert len(layer.mlp.experts.gate_up_L) == 2
+        for e, linear in zip(local, layer.mlp.experts.down_L, strict=True):
+            assert torch.equal(linear.weight_OI, tensors[f"model.layers.{index}.mlp.experts.{e}.down_proj.weight"])
+    kept = sum(t.nbytes for key, t in tensors.items() if key not in experts) + sum(t.nbytes for t in mine.values())
+    assert seen[-1] == Progress(seen[-1].tensors_total, seen[-1].tensors_total, kept, kept)
+    assert [p.tensors_done for p in seen] == list(range(1, len(tensors) - len(experts) + len(mine) + 1))
+
+
+def test_a_random_model_is_made_of_its_seed(folder):
+    config = open_checkpoint(folder).config
+    first, same, other = (random_model(config, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(logits_of(first), logits_of(same))
+    assert not torch.allclose(logits_of(first), logits_of(other))
+    assert logits_of(first).isfinite().all()
+
+
+def test_expert_transport_defaults_to_all_experts_here(folder):
+    decoder = load_model(folder)
+    assert decoder.layers[0].mlp.transport == LocalTransport(8)
+
+
+PEAK = """
+import json, resource, sys, threading, time
+import torch
+torch.set_num_threads(1)
+from moestro.workers.checkpoint import open_checkpoint
+from moestro.workers.loading import load_model, measure
+from moestro.router.parallel import NoTensorParallel
+from moestro.router.transport import LocalTransport
+from moestro.kernels.linear import make_linear
+make_linear(torch.zeros(64, 64, dtype=torch.bfloat16)).apply(torch.zeros(1, 64, dtype=torch.bfloat16))
+
+def peak():
+    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmHWM"))
+
+checkpoint = open_checkpoint(sys.argv[1])
+dtype = getattr(torch, sys.argv[2])
+keep = measure(checkpoint.config, dtype, NoTensorParallel(), LocalTransport(checkpoint.config.num_experts)).num_bytes
+before = peak()
+decoder = load_model(checkpoint, dtype=dtype)
+print(json.dumps({"keep": keep, "peak": peak() - before}))
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """About 200 MB in bf16."""
+    options = {
+        "vocab_size": 16384,
+        "hidden_size": 512,
+        "num_hidden_layers": 4,
+        "num_experts": 32,
+        "moe_intermediate_size": 448,
+    }
+    folder = tmp_path_factory.mktemp("large")
+    config = transformers.Qwen3MoeConfig(
+        **options,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        intermediate_size=512,
+        num_experts_per_tok=4,
+        tie_word_embeddings=False,
+    )
+    with torch.device("meta"):
+        model = transformers.Qwen3MoeForCausalLM(config)
+    model = model.to(torch.bfloat16).to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, 0.01)
+    model.save_pretrained(folder, max_shard_size="60MB")
+    return folder
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_peak_memory_stays_under_a_quarter_more_than_what_is_kept(large, dtype):
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(large), dtype],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": ":".join(sys.path), "PATH": "/usr/bin:/bin"},
+    )
+    used = json.loads(done.stdout)
+    assert used["keep"] > (190 << 20)
+    assert used["peak"] < 1.25 * used["keep"], used
+    assert used["peak"] > 0.9 * used["keep"], f"the measurement sees too little: {used}"

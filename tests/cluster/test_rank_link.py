@@ -1,0 +1,166 @@
+"""A gateway's link and a rank's server over a real socket; the engine behind is a few lines of this test."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+
+from moestro.cluster.ranks.link import RankLink
+from moestro.cluster.ranks.server import CHANNEL_OPTIONS, RankServer
+from moestro.protos import wire
+from moestro.protos.errors import Overloaded, Unavailable
+from moestro.protos.gen import rank_pb2 as pb
+from moestro.protos.gen import rank_pb2_grpc
+from moestro.protos.sequences import (
+    EngineLimits,
+    EngineLoad,
+    FinishReason,
+    SamplingParams,
+    SequenceDelta,
+    SequenceRequest,
+)
+
+LIMITS = EngineLimits(vocab_size=100, max_context=64, max_waiting=4)
+
+
+class Rank:
+    """Keeps what it was sent; the test decides what it answers."""
+
+    def __init__(self) -> None:
+        self.server = RankServer(self.take, LIMITS, secret="s3cret", epoch=2)
+        self.requests: list[SequenceRequest] = []
+        self.cancelled: list[str] = []
+
+    def take(self, data: bytes) -> None:
+        message = pb.AttachRequest.FromString(data)
+        if message.WhichOneof("message") == "submit":
+            self.requests.append(wire.decode_request(message.submit))
+        else:
+            self.cancelled.append(message.cancel)
+
+    def answer(self, *deltas: SequenceDelta) -> None:
+        self.server.publish(deltas, (), EngineLoad(num_running=len(self.requests)))
+
+
+@asynccontextmanager
+async def serving() -> AsyncIterator[tuple[Rank, str, grpc.aio.Server]]:
+    rank = Rank()
+    server = grpc.aio.server(options=CHANNEL_OPTIONS)
+    rank_pb2_grpc.add_RankServiceServicer_to_server(rank.server, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield rank, f"127.0.0.1:{port}", server
+    finally:
+        await server.stop(0)
+
+
+@asynccontextmanager
+async def attached(address: str, lost: list[RankLink] | None = None) -> AsyncIterator[RankLink]:
+    link = RankLink(address, "gw", "s3cret", 2, (lost if lost is not None else []).append)
+    await link.connect()
+    try:
+        yield link
+    finally:
+        await link.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def request(name: str) -> SequenceRequest:
+    return SequenceRequest(name, (1, 2, 3), SamplingParams(max_tokens=4))
+
+
+def test_deltas_reach_the_stream_that_asked() -> None:
+    async def scenario() -> None:
+        async with serving() as (rank, address, _), attached(address) as link:
+            assert link.limits == LIMITS
+            one, two = link.start([request("one")]), link.start([request("two/0"), request("two/1")])
+            await until(lambda: len(rank.requests) == 3)
+            ids = [r.sequence_id for r in rank.requests]
+            rank.answer(*(SequenceDelta(i, (n,)) for n, i in enumerate(ids)))
+            assert await one.next() == [SequenceDelta("one", (0,))]
+            assert await two.next() == [SequenceDelta("two/0", (1,)), SequenceDelta("two/1", (2,))]
+            rank.answer(*(SequenceDelta(i, (9,), finish_reason=FinishReason.LENGTH) for i in ids))
+            assert [d.token_ids for d in await one.next()] == [(9,)]
+            await until(lambda: link.num_open == 0)
+            assert link.load.num_running == 3
+
+    asyncio.run(scenario())
+
+
+def test_a_name_may_be_used_again_while_its_last_word_is_under_way() -> None:
+    async def scenario() -> None:
+        async with serving() as (rank, address, _), attached(address) as link:
+            link.start([request("same")]).close()
+            again = link.start([request("same")])
+            await until(lambda: len(rank.requests) == 2 and len(rank.cancelled) == 1)
+            old, new = (r.sequence_id for r in rank.requests)
+            assert rank.cancelled == [old]
+            rank.answer(SequenceDelta(old, finish_reason=FinishReason.CANCELLED), SequenceDelta(new, (5,)))
+            assert await again.next() == [SequenceDelta("same", (5,))]
+
+    asyncio.run(scenario())
+
+
+def test_a_refusal_is_overloaded() -> None:
+    async def scenario() -> None:
+        async with serving() as (rank, address, _), attached(address) as link:
+            stream = link.start([request("one")])
+            await until(lambda: bool(rank.requests))
+            rank.server.publish((), [(rank.requests[0].sequence_id, "4 sequences wait")], EngineLoad())
+            with pytest.raises(Overloaded, match="4 sequences wait"):
+                await stream.next()
+            assert link.num_open == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_gateway_that_leaves_takes_its_sequences_with_it() -> None:
+    async def scenario() -> None:
+        async with serving() as (rank, address, _):
+            async with attached(address) as link:
+                link.start([request("one"), request("two")])
+                await until(lambda: len(rank.requests) == 2)
+            await until(lambda: len(rank.cancelled) == 2)
+            assert sorted(rank.cancelled) == sorted(r.sequence_id for r in rank.requests)
+
+    asyncio.run(scenario())
+
+
+def test_a_lost_rank_fails_its_streams_and_says_so_once() -> None:
+    async def scenario() -> None:
+        lost: list[RankLink] = []
+        async with serving() as (rank, address, server), attached(address, lost) as link:
+            stream = link.start([request("one")])
+            await until(lambda: bool(rank.requests))
+            rank.answer(SequenceDelta(rank.requests[0].sequence_id, (7,)))
+            assert await stream.next() == [SequenceDelta("one", (7,))]
+            await server.stop(0)
+            with pytest.raises(Unavailable, match="a rank was lost"):
+                await stream.next()
+            assert lost == [link]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("secret", "epoch", "reason"), [("wrong", 2, "not a gateway"), ("s3cret", 1, "epoch 1 is over")]
+)
+def test_strangers_and_the_past_are_refused(secret: str, epoch: int, reason: str) -> None:
+    async def scenario() -> None:
+        async with serving() as (_, address, _):
+            link = RankLink(address, "gw", secret, epoch, lambda _: None)
+            with pytest.raises(Unavailable, match=reason):
+                await link.connect()
+            await link.close()
+
+    asyncio.run(scenario())
