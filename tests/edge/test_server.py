@@ -19,7 +19,7 @@ from moestro.protos.errors import Overloaded
 from moestro.protos.gen import inference_pb2 as pb
 from moestro.protos.gen import inference_pb2_grpc as pb_grpc
 from moestro.protos.sequences import EngineLimits, FinishReason, SamplingParams, SequenceRequest
-from moestro.workers.sampling.noise import derive_seed
+from moestro.workers.sampling.seeds import derive_seed
 
 INFERENCE = "moestro.v1.InferenceService"
 
