@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import grpc
@@ -14,6 +15,7 @@ from tests.edge.fakes import LIMITS, VOCAB_SIZE, FakeDefaults, FakeText, served
 from tests.edge.serving import GENERATE, refused, rig, run
 
 from moestro.cluster.edge.core import RequestCore
+from moestro.cluster.edge.served import EdgeLimits
 from moestro.cluster.edge.stub import StubBackend, stub_token
 from moestro.protos.errors import Overloaded
 from moestro.protos.gen import inference_pb2 as pb
@@ -178,6 +180,31 @@ def test_admission_gives_its_place_back_when_the_backend_refuses() -> None:
                 await core.open(ask(output=pb.OutputParams(n=3)))
         assert core.num_open == 0
         assert (await core.complete(ask(output=pb.OutputParams(n=2)))).usage.output_tokens == 8
+
+    run(test())
+
+
+def test_long_texts_leave_the_loop_free_and_are_bounded() -> None:
+    class SlowText(FakeText):
+        def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+            time.sleep(0.2)
+            return super().encode(text[:10], add_special_tokens)
+
+    async def test() -> None:
+        core = RequestCore([served(text=SlowText())], EdgeLimits(max_text_calls=3))
+        long = pb.TokenizeRequest(text="x" * 10_000)
+        calls = [asyncio.ensure_future(core.tokenize(long)) for _ in range(5)]
+        ticks = 0
+        while not all(call.done() for call in calls):
+            await asyncio.sleep(0.01)
+            ticks += 1
+        assert ticks >= 5, "the loop went on while threads tokenised"
+        refusals = [call.exception() for call in calls if call.exception()]
+        assert [type(error) for error in refusals] == [Overloaded, Overloaded]
+        with pytest.raises(TimeoutError):
+            await core.open(ask(text="x" * 10_000), timeout_s=0.05)
+        assert core.num_open == 0
+        assert len(await core.tokenize(long)) == 10, "places are given back"
 
     run(test())
 
