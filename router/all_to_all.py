@@ -14,6 +14,7 @@ all rows back: no expert computes a row twice, and no further collective is need
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -98,12 +99,10 @@ class AllToAllTransport:
         counts_L = torch.bincount(local_P, minlength=num_local)
 
         position_P = _inverse(order_R)
-        pairs_M = mine_MK.sum(1)
-        source_M = torch.repeat_interleave(torch.tensor(receive, device=x_TD.device))
         # All tokens of one tensor-parallel set arrived next to each other; the whole stretch goes to each of its ranks.
-        pairs_S = torch.zeros(self.shape.dp, dtype=torch.int64, device=x_TD.device)
-        pairs_S.index_add_(0, source_M // tp, pairs_M)
-        returned = pairs_S.tolist()
+        ends_S = torch.tensor(receive, device=x_TD.device).view(self.shape.dp, tp).sum(1).cumsum(0)
+        pair_ends = [0, *torch.searchsorted(token_P, ends_S).tolist()]  # token_P ascends
+        returned = [end - start for start, end in pairwise(pair_ends)]
         return_P = position_P
         if tp > 1:
             return_P = torch.cat([stretch for part in torch.split(position_P, returned) for stretch in [part] * tp])

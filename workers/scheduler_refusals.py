@@ -7,7 +7,7 @@ from moestro.protos.sequences import SequenceRequest
 
 
 def why_never(request: SequenceRequest, context_limit: int) -> InvalidRequest | None:
-    """The error for a sequence that has no place in a context of ``context_limit`` tokens, or None. ``max_tokens`` beyond
+    """The error for a sequence without a place in a context of ``context_limit`` tokens, or None. ``max_tokens`` beyond
     the context is no error: the sequence ends with LENGTH where the context does."""
     num_prompt, num_output = len(request.prompt_ids), len(request.output_ids)
     max_tokens = request.sampling.max_tokens

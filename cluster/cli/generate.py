@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from moestro.cluster.cli.sources import Ask, cluster_source, local_source
-from moestro.protos.gen import inference_pb2 as pb
+from moestro.cluster.cli.sources import Source, open_source
+from moestro.cluster.client_calls import Options
+from moestro.cluster.edge.events import StreamEvent
 
 Address = Annotated[str, typer.Option(help="host:port of a running cluster.")]
 Local = Annotated[bool, typer.Option("--local", help="No cluster: run the model in this process.")]
@@ -38,8 +38,12 @@ def generate(
 ) -> None:
     """Continues PROMPT, streaming the text to the terminal."""
     text = sys.stdin.read() if prompt == "-" else prompt
-    request = pb.GenerateRequest(text=text, sampling=_sampling(temperature, top_p, seed), stop=_stop(max_tokens, stop))
-    _run(_source(local, model, address), lambda ask: _print(ask(request)))
+    options = _options(max_tokens, temperature, top_p, seed, stop)
+
+    async def work(source: Source) -> None:
+        await _print(source.stream(text, **options))
+
+    _run(work, address, local, model)
 
 
 def chat(
@@ -54,32 +58,28 @@ def chat(
     stop: Stop = None,
 ) -> None:
     """A conversation by the checkpoint's chat template. An empty line or Ctrl-D ends it."""
-    history = [pb.ChatMessage(role="system", content=system)] if system else []
+    messages = [{"role": "system", "content": system}] if system else []
+    options = _options(max_tokens, temperature, top_p, seed, stop)
     console = Console()
 
-    async def converse(ask: Ask) -> None:
+    async def converse(source: Source) -> None:
         while line := await asyncio.to_thread(_read_line, console):
-            history.append(pb.ChatMessage(role="user", content=line))
-            request = pb.ChatRequest(
-                messages=history, sampling=_sampling(temperature, top_p, seed), stop=_stop(max_tokens, stop)
-            )
-            history.append(pb.ChatMessage(role="assistant", content=await _print(ask(request))))
+            messages.append({"role": "user", "content": line})
+            answer = await _print(source.stream_chat(messages, **options))
+            messages.append({"role": "assistant", "content": answer})
 
-    _run(_source(local, model, address), converse)
+    _run(converse, address, local, model)
 
 
-def _source(local: bool, model: Path | None, address: str) -> AbstractAsyncContextManager[Ask]:
+def _run(work: Callable[[Source], Awaitable[None]], address: str, local: bool, model: Path | None) -> None:
     if model is not None and not local:
         raise typer.BadParameter(
             "goes with --local; a cluster serves the model it was started with", param_hint="--model"
         )
-    return local_source(model) if local else cluster_source(address)
 
-
-def _run(source: AbstractAsyncContextManager[Ask], work: Callable[[Ask], Awaitable[object]]) -> None:
     async def main() -> None:
-        async with source as ask:
-            await work(ask)
+        async with open_source(address, local, model) as source:
+            await work(source)
 
     try:
         asyncio.run(main())
@@ -87,15 +87,15 @@ def _run(source: AbstractAsyncContextManager[Ask], work: Callable[[Ask], Awaitab
         raise typer.Exit(130) from None
 
 
-async def _print(pieces: AsyncIterator[str]) -> str:
-    """Writes the pieces as they come, and returns them joined."""
-    text = []
-    async for piece in pieces:
-        text.append(piece)
-        sys.stdout.write(piece)
+async def _print(events: AsyncIterator[StreamEvent]) -> str:
+    """Writes the text as it comes, and returns it whole."""
+    pieces = []
+    async for event in events:
+        pieces.append(event.text)
+        sys.stdout.write(event.text)
         sys.stdout.flush()
     sys.stdout.write("\n")
-    return "".join(text)
+    return "".join(pieces)
 
 
 def _read_line(console: Console) -> str:
@@ -105,9 +105,14 @@ def _read_line(console: Console) -> str:
         return ""
 
 
-def _sampling(temperature: float | None, top_p: float | None, seed: int | None) -> pb.SamplingParams:
-    return pb.SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
-
-
-def _stop(max_tokens: int, strings: list[str] | None) -> pb.StopParams:
-    return pb.StopParams(max_tokens=max_tokens, strings=strings or ())
+def _options(
+    max_tokens: int, temperature: float | None, top_p: float | None, seed: int | None, stop: list[str] | None
+) -> Options:
+    options: Options = {"max_tokens": max_tokens, "stop": stop or ()}
+    if temperature is not None:
+        options["temperature"] = temperature
+    if top_p is not None:
+        options["top_p"] = top_p
+    if seed is not None:
+        options["seed"] = seed
+    return options

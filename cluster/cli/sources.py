@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
+from typing import Protocol, Unpack
 
+from moestro.cluster import client_calls as calls
+from moestro.cluster.client import AsyncClient
+from moestro.cluster.client_calls import Messages, Options
 from moestro.cluster.config import load_config
+from moestro.cluster.edge.events import StreamEvent
 from moestro.protos.gen import inference_pb2 as pb
 
-Ask = Callable[[pb.GenerateRequest | pb.ChatRequest], AsyncIterator[str]]
+
+class Source(Protocol):
+    """The two calls both commands need; ``AsyncClient`` has them."""
+
+    def stream(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> AsyncIterator[StreamEvent]: ...
+
+    def stream_chat(self, messages: Messages, **options: Unpack[Options]) -> AsyncIterator[StreamEvent]: ...
+
+
+def open_source(address: str, local: bool, model: Path | None) -> AbstractAsyncContextManager[Source]:
+    """A cluster's gateway, or with ``local`` the whole edge and one engine here. Raises CheckpointError."""
+    return _local(model) if local else AsyncClient(address)
 
 
 @asynccontextmanager
-async def local_source(model: Path | None) -> AsyncIterator[Ask]:
-    """The whole edge and one engine in this process, without Ray. Raises CheckpointError."""
+async def _local(model: Path | None) -> AsyncIterator[Source]:
+    # Imported here: they bring torch, which a client of a cluster does not need.
     from moestro.cluster.edge.core import RequestCore
     from moestro.cluster.gateway import edge_limits, served_model
     from moestro.cluster.local_backend import LocalBackend
@@ -25,32 +41,15 @@ async def local_source(model: Path | None) -> AsyncIterator[Ask]:
     backend = LocalBackend(build_rank(rank_spec(config)))
     core = RequestCore([served_model(config, backend)], edge_limits(config))
 
-    async def ask(request: pb.GenerateRequest | pb.ChatRequest) -> AsyncIterator[str]:
-        async for event in core.stream(request):
-            yield event.text
+    class Local:
+        def stream(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> AsyncIterator[StreamEvent]:
+            return core.stream(pb.GenerateRequest.FromString(calls.stream(prompt, options).data))
+
+        def stream_chat(self, messages: Messages, **options: Unpack[Options]) -> AsyncIterator[StreamEvent]:
+            return core.stream(pb.ChatRequest.FromString(calls.chat(messages, options).data))
 
     try:
-        yield ask
+        yield Local()
     finally:
         core.close()
         await backend.close()
-
-
-@asynccontextmanager
-async def cluster_source(address: str) -> AsyncIterator[Ask]:
-    """A running cluster."""
-    import grpc
-
-    from moestro.protos.gen import inference_pb2_grpc
-
-    channel = grpc.aio.insecure_channel(address)
-    stub = inference_pb2_grpc.InferenceServiceStub(channel)
-
-    async def ask(request):
-        method = stub.Chat if isinstance(request, pb.ChatRequest) else stub.Generate
-        async for message in method(request):
-            for delta in message.event.deltas:
-                yield delta.text
-
-    yield ask
-    await channel.close()

@@ -37,7 +37,7 @@ def status(
                 str(rank.num_waiting),
                 f"{rank.kv_blocks_used}/{rank.kv_blocks_total}",
                 str(rank.num_steps),
-                f"{rank.step_seconds * 1e3:.1f} ms",
+                f"{rank.step_s * 1e3:.1f} ms",
                 f"{rank.resident_bytes / 2**20:.0f} MiB",
             )
         console.print(table)

@@ -75,7 +75,7 @@ class RankLink:
     async def _read(self, call: grpc.aio.StreamStreamCall[pb.AttachRequest, pb.AttachResponse]) -> None:
         reason = "closed the stream"
         try:
-            while (response := await call.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
+            while isinstance(response := await call.read(), pb.AttachResponse):
                 self._take(response.step)
         except grpc.aio.AioRpcError as error:
             reason = error.details() or error.code().name

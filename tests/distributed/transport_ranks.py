@@ -109,7 +109,15 @@ def check_epochs(rank: int, world_size: int, address: StoreAddress) -> list[list
     seen = [later.world.all_gather(me), first.world.all_gather(me)]
     first.close()
     seen.append(later.world.all_gather(me))
-    later.close()
+    with pytest.raises(RuntimeError, match="this process group is closed"):
+        first.world.all_gather(me)
+    if rank == 0:
+        later.close()
+    else:  # a peer that left is noticed at once, long before the timeout
+        started = time.monotonic()
+        with pytest.raises(RuntimeError, match="Connection"):
+            later.world.all_gather(me)
+        assert time.monotonic() - started < 5
     return [ranks.flatten().tolist() for ranks in seen]
 
 
