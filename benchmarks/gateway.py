@@ -3,7 +3,7 @@
 The server runs in a process of its own, pinned to one core; the clients in another process, pinned to the other cores.
 One token is one delta is one gRPC message, and every client reads as fast as it gets. Text goes through the real
 incremental detokenizer, of ``--model`` or of a small tokenizer made for the purpose, and is looked through for a stop
-string.
+string. ``first_token_p50_s`` is that of all clients connecting and asking at one moment, connection included.
 
     python benchmarks/gateway.py --rounds 7 --out benchmarks/results/gateway.json
 """
