@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from tests.model.oracle import MODELS, make_model
 
 from moestro.workers.architectures import ARCHITECTURES, parse_config
 from moestro.workers.model.weights import tensor_shapes
 from moestro.workers.model_config import MoeSpec
-from tests.model.oracle import MODELS, make_model
 
 SIZES = {
     "vocab_size": 50,
