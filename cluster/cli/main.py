@@ -39,3 +39,7 @@ def main() -> None:
     except MoestroError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
