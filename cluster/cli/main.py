@@ -6,6 +6,7 @@ import sys
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from moestro import __version__
 from moestro.cluster.cli import bench, config, generate, serve, status
@@ -36,8 +37,9 @@ def main() -> None:
     """The entry point: errors raised on purpose become one line and exit code 1."""
     try:
         app()
-    except MoestroError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
+    except (MoestroError, TimeoutError) as error:
+        console = Console(stderr=True)
+        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
 
 
