@@ -1,12 +1,16 @@
-"""Who is alive: the groups of the cluster, their ranks and how far they are. Sans-IO; the Ray side wraps it.
+"""Who is alive: the groups of the cluster, their ranks and how far they are, and the gateways. Sans-IO; the Ray side
+wraps it. Times are seconds of one clock, given by the caller.
 
-Holds nothing that the groups could not tell again, so losing it loses nothing.
+Holds nothing that groups and gateways do not tell again every second or so, so losing it loses nothing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from itertools import count
+
+EXPIRY_S = 10.0  # who has not reported for so long is gone
 
 
 class RankState(Enum):
@@ -43,39 +47,96 @@ class GroupEntry:
     def is_serving(self) -> bool:
         return bool(self.ranks) and all(rank.state is RankState.SERVING for rank in self.ranks)
 
+    @property
+    def is_lost(self) -> bool:
+        return any(rank.state is RankState.LOST for rank in self.ranks)
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayEntry:
+    """One gateway and where it listens."""
+
+    name: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What the directory knew at one version: groups and gateways, each by name."""
+
+    version: int
+    groups: tuple[GroupEntry, ...]
+    gateways: tuple[GatewayEntry, ...]
+
 
 @dataclass
 class Directory:
-    """A versioned table of groups. Every change that a gateway must know of raises ``version``."""
+    """A versioned table of groups and gateways. Every change that a gateway must know of raises ``version``."""
 
     version: int = 0
     groups: dict[str, GroupEntry] = field(default_factory=dict)
+    gateways: dict[str, GatewayEntry] = field(default_factory=dict)
     epochs: dict[str, int] = field(default_factory=dict)
+    seen_s: dict[str, float] = field(default_factory=dict)  # last report, by name
 
-    def begin_epoch(self, name: str) -> int:
-        """The next epoch of a group."""
-        self.epochs[name] = self.epochs.get(name, 0) + 1
-        return self.epochs[name]
+    def begin(self, dp: int, tp: int, now_s: float) -> GroupEntry:
+        """A place for a new group: the lowest number that is free, or whose group is lost, at its next epoch.
 
-    def put(self, group: GroupEntry) -> bool:
-        """Inserts or replaces a group. Says whether anything changed; an entry of an older epoch changes nothing."""
+        Whatever an earlier holder of that name still says is refused from now on.
+        """
+        names = (f"group-{number}" for number in count())
+        name = next(name for name in names if name not in self.groups or self.groups[name].is_lost)
+        ranks = tuple(RankEntry(rank // tp, rank % tp) for rank in range(dp * tp))
+        group = GroupEntry(name, dp, tp, self.epochs.get(name, 0) + 1, ranks)
+        self.put(group, now_s)
+        return group
+
+    def put(self, group: GroupEntry, now_s: float) -> bool:
+        """Inserts or replaces a group. Says whether it was accepted: an entry of an older epoch is not."""
         latest = self.epochs.setdefault(group.name, group.epoch)
-        if group.epoch < latest or self.groups.get(group.name) == group:
+        if group.epoch < latest:
             return False
         self.epochs[group.name] = group.epoch
-        self.groups[group.name] = group
-        self.version += 1
+        self.seen_s[group.name] = now_s
+        if self.groups.get(group.name) != group:
+            self.groups[group.name] = group
+            self.version += 1
         return True
 
-    def remove(self, name: str, epoch: int) -> bool:
+    def remove(self, name: str, epoch: int) -> None:
         """Forgets a group, unless a newer epoch of it has come meanwhile."""
         known = self.groups.get(name)
-        if known is None or known.epoch > epoch:
-            return False
-        del self.groups[name]
-        self.version += 1
-        return True
+        if known is not None and known.epoch <= epoch:
+            del self.groups[name]
+            self.version += 1
 
-    def snapshot(self) -> tuple[GroupEntry, ...]:
-        """Every group, by name."""
-        return tuple(self.groups[name] for name in sorted(self.groups))
+    def put_gateway(self, gateway: GatewayEntry, now_s: float) -> None:
+        """Inserts or replaces a gateway."""
+        self.seen_s[gateway.name] = now_s
+        if self.gateways.get(gateway.name) != gateway:
+            self.gateways[gateway.name] = gateway
+            self.version += 1
+
+    def remove_gateway(self, name: str) -> None:
+        """Forgets a gateway."""
+        if self.gateways.pop(name, None) is not None:
+            self.version += 1
+
+    def expire(self, now_s: float) -> None:
+        """Groups that no longer report are lost, gateways that do not are forgotten."""
+        for name, group in list(self.groups.items()):
+            if now_s - self.seen_s[name] > EXPIRY_S and not group.is_lost:
+                lost = tuple(replace(rank, state=RankState.LOST) for rank in group.ranks)
+                self.groups[name] = replace(group, ranks=lost)
+                self.version += 1
+        for name in list(self.gateways):
+            if now_s - self.seen_s[name] > EXPIRY_S:
+                self.remove_gateway(name)
+
+    def snapshot(self) -> Snapshot:
+        """Everything, sorted by name."""
+        return Snapshot(
+            self.version,
+            tuple(self.groups[name] for name in sorted(self.groups)),
+            tuple(self.gateways[name] for name in sorted(self.gateways)),
+        )

@@ -39,7 +39,7 @@ class Gateway:
             self._status,
             __version__,
             GrpcOptions(
-                host=server.host,
+                host=bracketed(server.host),
                 port=server.port,
                 reuse_port=config.cluster.gateways > 1,
                 grace_s=server.drain_s,
@@ -66,6 +66,16 @@ class Gateway:
         return pb.GetClusterStatusResponse(
             groups=[_group_message(group, loads) for group in self._groups], open_streams=self._core.num_open
         )
+
+
+def bracketed(host: str) -> str:
+    """An IPv6 address as it is written before a port."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
+def advertised(host: str, port: int, here: str) -> str:
+    """host:port that a client can call: ``here`` stands for this machine when it listens on every interface."""
+    return f"{bracketed(here if host in ('', '0.0.0.0', '::', '[::]') else host)}:{port}"
 
 
 def served_model(config: Config, backend: Backend) -> ServedModel:

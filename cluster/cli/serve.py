@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from moestro.cluster.cli.progress import LoadingProgress
 from moestro.cluster.config import Config, load_config
@@ -53,9 +55,9 @@ def _serve(config: Config, console: Console) -> None:
     check_tokenizer(config.model.path)
     _interrupt_once()
     try:
-        with LoadingProgress(console) as progress, running_cluster(config, progress.show) as dashboard:
+        with LoadingProgress(console) as progress, running_cluster(config, progress.show) as running:
             progress.stop()
-            console.print(ready_line(config, dashboard), highlight=False)
+            console.print(ready_line(config, running.addresses, running.dashboard), highlight=False, soft_wrap=True)
             threading.Event().wait()
     except KeyboardInterrupt:
         console.print("stopped", highlight=False)
@@ -73,18 +75,17 @@ def _interrupt_once() -> None:
         signal.signal(each, interrupt)
 
 
-def ready_line(config: Config, dashboard: str) -> str:
+def ready_line(config: Config, addresses: Sequence[str], dashboard: str) -> str:
     """What a person needs to make the first call."""
-    server, cluster = config.server, config.cluster
-    address = f"{'localhost' if server.host in ('127.0.0.1', '0.0.0.0', '::') else server.host}:{server.port}"
+    cluster, address = config.cluster, addresses[0]
     ranks = f"{cluster.groups} group{'s' * (cluster.groups > 1)} of dp {cluster.dp} x tp {cluster.tp}"
     lines = [
-        f"[bold green]ready[/]  {config.model.served_name} on {address}, {ranks}",
-        f'  moestro generate --address {address} "def fibonacci(n):"',
+        f"[bold green]ready[/]  {escape(config.model.served_name)} on {escape(', '.join(addresses))}, {ranks}",
+        f'  moestro generate --address {escape(address)} "def fibonacci(n):"',
         f"  python -c 'from moestro.cluster.client import Client; "
-        f'print(Client("{address}").generate("def fibonacci(n):").text)\'',
+        f'print(Client("{escape(address)}").generate("def fibonacci(n):").text)\'',
     ]
     if dashboard:
-        lines.append(f"  dashboard  http://{dashboard}")
+        lines.append(f"  dashboard  http://{escape(dashboard)}")
     lines.append("  Ctrl-C stops everything")
     return "\n".join(lines)

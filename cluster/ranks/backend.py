@@ -33,7 +33,7 @@ class ClusterBackend:
         self._wanted: dict[str, int] = {}  # address -> epoch
         self._links: dict[str, RankLink] = {}
         self._connecting: dict[str, asyncio.Task[None]] = {}
-        self._closing: set[asyncio.Task[None]] = set()
+        self._leaving: set[asyncio.Task[None]] = set()
         self._limits: EngineLimits | None = None
         self._attached = asyncio.Event()
         self._turn = 0
@@ -57,14 +57,17 @@ class ClusterBackend:
         return {address: link.load for address, link in self._links.items()}
 
     def update(self, groups: Iterable[GroupEntry]) -> None:
-        """Takes a new picture of the cluster: attaches to ranks that are new, lets go of those that are gone."""
+        """Takes a new picture of the cluster: attaches to ranks that are new. One that is gone gets no more requests;
+        those it has may end there, or be told when its connection breaks."""
         wanted = {r.address: g.epoch for g in groups if g.is_serving for r in g.ranks if r.address}
         self._wanted = wanted
         for address in self._links.keys() - wanted.keys():
             link = self._links.pop(address)
             log.info("rank at %s left", address)
-            self._closing.add(task := asyncio.create_task(link.close()))
-            task.add_done_callback(self._closing.discard)
+            self._leaving.add(task := asyncio.create_task(link.close_when_done()))
+            task.add_done_callback(self._leaving.discard)
+        if not self._links:
+            self._attached.clear()
         for address in wanted.keys() - self._links.keys() - self._connecting.keys():
             self._connecting[address] = asyncio.create_task(self._connect(address))
 
@@ -75,6 +78,8 @@ class ClusterBackend:
     async def close(self) -> None:
         self._wanted = {}
         for task in self._connecting.values():
+            task.cancel()
+        for task in self._leaving:
             task.cancel()
         for link in list(self._links.values()):
             await link.close()

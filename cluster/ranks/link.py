@@ -18,6 +18,8 @@ from moestro.protos.sequences import EngineLimits, EngineLoad, SequenceRequest
 
 log = logging.getLogger(__name__)
 
+LEAVE_POLL_S = 0.05
+
 
 class RankLink:
     """One attached stream. ``on_lost`` is called once, on the loop, when the rank cannot be reached any more."""
@@ -61,6 +63,14 @@ class RankLink:
 
     def _cancel(self, sequence_id: str) -> None:
         self._outgoing.put_nowait(pb.AttachRequest(cancel=sequence_id))
+
+    async def close_when_done(self) -> None:
+        """Lets what runs come to its end, or the rank to its own, then closes."""
+        try:
+            while self._reader is not None and not self._reader.done() and self.num_open:
+                await asyncio.sleep(LEAVE_POLL_S)
+        finally:
+            await self.close()
 
     async def close(self) -> None:
         if self._reader is not None:

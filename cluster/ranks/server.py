@@ -7,6 +7,7 @@ Runs on the asyncio loop of the rank's process; the engine runs in a thread of i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 SECRET_KEY = "moestro-secret"
 MAX_MESSAGE_BYTES = 64 * 2**20  # a prompt of a million tokens is about 4 MB; logprobs of one about 250 B a token
 MAX_UNSENT_DELTAS = 2**18  # a gateway that lags so far behind is cut off, or its deltas would fill our memory
+
+DRAIN_POLL_S = 0.05
 
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -50,6 +53,8 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
         self._limits = limits
         self._secret = secret
         self._epoch = epoch
+        self._load: EngineLoad | None = None  # as last published, for gateways that come later
+        self._failure = ""
         self._owner: dict[str, _Outbox] = {}
         self._outboxes: set[_Outbox] = set()
 
@@ -66,9 +71,23 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
             if (outbox := self._owner.get(sequence_id)) is not None:
                 self._put(outbox, pb.Delta(sequence_id=sequence_id, error=reason, refused=True))
                 self._forget(sequence_id)
+        self._load = load
         for outbox in self._outboxes:
             outbox.load = load
             outbox.ready.set()
+
+    def fail(self, reason: str) -> None:
+        """The engine is gone: every attached gateway is told, and so is every one that comes. Call on the loop."""
+        self._failure = reason
+        for outbox in self._outboxes:
+            outbox.ready.set()
+
+    async def drained(self, timeout_s: float) -> None:
+        """Returns when no sequence is open here, or the time is up."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._owner and not self._failure:
+                    await asyncio.sleep(DRAIN_POLL_S)
 
     def _put(self, outbox: _Outbox, delta: pb.Delta) -> None:
         outbox.deltas.append(delta)
@@ -93,7 +112,8 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
             return
         if first.hello.epoch < self._epoch:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"epoch {first.hello.epoch} is over")
-        outbox = _Outbox()
+        outbox = _Outbox(load=self._load)
+        outbox.ready.set()  # the load and the failure, if any, are news to this gateway
         self._outboxes.add(outbox)
         reader = asyncio.create_task(self._read(request_iterator, outbox))
         try:
@@ -101,6 +121,8 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
             while not (reader.done() and not outbox.sequences):
                 await outbox.ready.wait()
                 outbox.ready.clear()
+                if self._failure:
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, self._failure)
                 if outbox.overflown:
                     await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the gateway reads too slowly")
                 deltas, outbox.deltas = outbox.deltas, []

@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -17,54 +18,58 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 
 from moestro.cluster.config import Config
-from moestro.cluster.directory import GroupEntry
+from moestro.cluster.directory import GroupEntry, Snapshot
 from moestro.cluster.serving.app import APP_NAME, build_app
-from moestro.cluster.serving.specs import rank_resources
+from moestro.cluster.serving.reasons import reason_in
+from moestro.cluster.serving.specs import gpus_per_rank
 from moestro.protos.errors import ConfigError, MoestroError
 
 POLL_S = 0.1
+ASK_S = 2.0
 SERVE_CPUS = 1.0  # Serve's controller and the groups' own bundles ask for fractions of a CPU
 
 Progress = Callable[[tuple[GroupEntry, ...]], None]
 
 
 class StartFailed(MoestroError):
-    """The cluster did not come up. The message is Serve's own reason, or how long was waited."""
+    """The cluster did not come up. The message is the reason in a line, or how long was waited."""
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A cluster that serves: where its gateways listen (host:port), and the dashboard's address ("" if none)."""
+
+    addresses: tuple[str, ...]
+    dashboard: str
 
 
 @contextmanager
-def running_cluster(config: Config, on_progress: Progress) -> Iterator[str]:
-    """A cluster that serves while the block runs and is gone afterwards. Yields the dashboard's URL ("" if none).
+def running_cluster(config: Config, on_progress: Progress) -> Iterator[Running]:
+    """A cluster that serves while the block runs and is gone afterwards.
 
     ``on_progress`` is called while the model loads. Raises ConfigError or StartFailed with nothing left running.
     """
-    check_port(config)
-    for name in ("ray.serve", "ray._private.authentication"):
+    if not config.cluster.ray_address:
+        check_port(config.server.host, config.server.port)
+    for name in ("ray", "ray.serve", "ray._private.authentication"):
         logging.getLogger(name).setLevel(logging.ERROR)  # their running commentary is in Ray's own log files
-    with _ray(config) as dashboard_url:
-        serve.start(http_options={"location": "NoServer"}, logging_config={"log_level": "WARNING"})
-        app = build_app(config, secret=secrets.token_hex(32))
-        try:
-            serve.run_many(
-                [serve.RunTarget(target=app, name=APP_NAME, route_prefix=None)], wait_for_applications_running=False
-            )
-            _wait_until_running(config, on_progress)
-            yield dashboard_url
-        finally:
-            with suppress(Exception):  # whatever is wrong with it, what follows takes the rest down
-                serve.delete(APP_NAME)
+    with _ray(config) as dashboard, _serve(), _app(config) as directory:
+        _wait_until_running(config, directory, on_progress)
+        snapshot: Snapshot = directory.watch.remote(-1).result(timeout_s=ASK_S)
+        yield Running(tuple(sorted({gateway.address for gateway in snapshot.gateways})), dashboard)
 
 
-def check_port(config: Config) -> None:
+def check_port(host: str, port: int) -> None:
     """Raises ConfigError when the gRPC port cannot be bound: better known before half a minute of loading."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((config.server.host, config.server.port))
-        except OSError as error:
-            raise ConfigError(
-                f"server.port: {config.server.host}:{config.server.port} cannot be bound: {error.strerror}"
-            ) from None
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ConfigError(
+            f"server.port: cannot listen on {host} port {port}: {error.strerror or error}; is another server there?"
+        ) from None
 
 
 @contextmanager
@@ -74,42 +79,97 @@ def _ray(config: Config) -> Iterator[str]:
     # RAY_AUTH_MODE is left alone: Ray turns token authentication on for clusters it starts, and keeps the token in the
     # user's home. Without it anyone who reaches Ray's ports could run code here.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-    common: dict[str, Any] = {"namespace": APP_NAME, "log_to_driver": False, "logging_level": logging.WARNING}
+    common: dict[str, Any] = {"namespace": APP_NAME, "log_to_driver": False, "logging_level": logging.ERROR}
     if cluster.ray_address:
-        context = ray.init(address=cluster.ray_address, **common)
+        options = {"address": cluster.ray_address}
     else:
         num_ranks = cluster.groups * cluster.dp * cluster.tp
-        context = ray.init(
-            address="local",
+        options = {
+            "address": "local",
             # Ranks share the cores as our own thread counts say, so Ray must not refuse more ranks than cores.
-            num_cpus=int(max(os.cpu_count() or 1, num_ranks * rank_resources(config)["num_cpus"] + SERVE_CPUS)),
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            dashboard_port=cluster.dashboard_port,
-            **common,
-        )
-    for each, handler in handlers.items():
-        signal.signal(each, handler)  # ray.init puts a crash reporter on SIGTERM; ours stops in order
+            "num_cpus": int(max(os.cpu_count() or 1, num_ranks * config.rank.num_cpus + SERVE_CPUS)),
+            "include_dashboard": True,
+            "dashboard_host": "127.0.0.1",
+            "dashboard_port": cluster.dashboard_port,
+        }
     try:
+        with _signals_deferred():
+            try:
+                context = ray.init(**options, **common)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                where = f"cluster.ray_address: {cluster.ray_address}: " if cluster.ray_address else "Ray: "
+                raise StartFailed(where + reason_in(str(error))) from None
         yield context.dashboard_url or ""
     finally:
         ray.shutdown()
 
 
-def _wait_until_running(config: Config, on_progress: Progress) -> None:
+@contextmanager
+def _signals_deferred() -> Iterator[None]:
+    """SIGINT and SIGTERM take effect when the block has ended: cut off in the middle, ray.init leaves processes behind.
+
+    Also puts the handlers back, since ray.init puts a crash reporter on SIGTERM.
+    """
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    came: list[int] = []
+    for each in handlers:
+        signal.signal(each, lambda number, frame: came.append(number))
+    try:
+        yield
+    except SystemExit:  # Ray's own handler, in the moment between its setting and ours
+        came.append(signal.SIGTERM)
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+        if came:
+            signal.raise_signal(came[0])
+
+
+@contextmanager
+def _serve() -> Iterator[None]:
+    """Serve's controller; ours to end when it was not there before."""
+    found = bool(_applications())
+    serve.start(http_options={"location": "NoServer"}, logging_config={"log_level": "WARNING"})
+    try:
+        yield
+    finally:
+        with suppress(Exception):  # with a Ray of our own it ends anyway
+            if not found and not _applications():
+                serve.shutdown()
+
+
+def _applications() -> dict[str, Any]:
+    """What runs under Serve here; nothing when Serve is not there."""
+    return dict(serve.status().applications)
+
+
+@contextmanager
+def _app(config: Config) -> Iterator[Any]:
+    """Deploys our application; yields the directory's handle."""
+    if APP_NAME in _applications():
+        raise StartFailed(f"cluster.ray_address: {config.cluster.ray_address} already runs a Moestro cluster")
+    gpus = gpus_per_rank(config, ray.cluster_resources().get("GPU", 0.0))
+    app = build_app(config, secrets.token_hex(32), gpus)
+    try:
+        target = serve.RunTarget(target=app, name=APP_NAME, route_prefix=None)
+        serve.run_many([target], wait_for_applications_running=False)
+        yield serve.get_deployment_handle("Directory", APP_NAME)
+    finally:
+        with suppress(Exception):  # whatever is wrong with it, what follows takes the rest down
+            serve.delete(APP_NAME)
+
+
+def _wait_until_running(config: Config, directory: Any, on_progress: Progress) -> None:
     deadline = time.monotonic() + config.cluster.start_timeout_s
-    directory = None
     while True:
         application = serve.status().applications[APP_NAME]
         if application.status is ApplicationStatus.RUNNING:
             return
         if application.status is ApplicationStatus.DEPLOY_FAILED:
-            raise StartFailed(application.message)
+            messages = [each.message for each in application.deployments.values()]
+            raise StartFailed(reason_in("\n".join([application.message, *messages])))
         if time.monotonic() > deadline:
             raise StartFailed(f"not serving after cluster.start_timeout_s = {config.cluster.start_timeout_s} s")
         with suppress(Exception):  # the directory is a deployment like the others and comes up with them
-            directory = directory or serve.get_deployment_handle("Directory", APP_NAME)
-            _, groups = directory.watch.remote(-1).result(timeout_s=1.0)
-            on_progress(groups)
+            on_progress(directory.watch.remote(-1).result(timeout_s=1.0).groups)
         time.sleep(POLL_S)

@@ -1,0 +1,28 @@
+"""From the configuration to what a rank is built from."""
+
+from __future__ import annotations
+
+import os
+
+from moestro.cluster.config import Config
+from moestro.cluster.serving.specs import threads_per_rank
+from moestro.router.parallel import GroupShape
+from moestro.workers.rank_setup import RankSpec
+
+
+def rank_spec(config: Config) -> RankSpec:
+    """What every rank of a group is built from."""
+    cluster, scheduler = config.cluster, config.scheduler
+    return RankSpec(
+        model=str(config.model.path.resolve()),
+        dtype=config.model.dtype,
+        device=config.rank.device,
+        threads=config.rank.threads or threads_per_rank(cluster.groups * cluster.dp * cluster.tp, os.cpu_count() or 1),
+        kv_bytes=config.rank.kv_memory,
+        shape=GroupShape(cluster.dp, cluster.tp),
+        block_size=scheduler.block_size,
+        max_num_sequences=scheduler.max_num_sequences,
+        max_num_tokens=scheduler.max_num_tokens,
+        max_context=scheduler.max_context,
+        max_waiting=scheduler.max_waiting,
+    )
