@@ -2,8 +2,8 @@
 
     python -m benchmarks.batching
 
-Continuous against static admission: 64 requests with lognormal output lengths, all waiting at the start, wall time on the
-``tiny`` checkpoint. Paged against reserved for the maximum length: how many sequences run at once under a fixed KV
+Continuous against static admission: 64 requests with lognormal output lengths, all waiting at the start, wall time on
+the ``tiny`` checkpoint. Paged against reserved for the maximum length: how many sequences run at once under a fixed KV
 budget while others still wait, when answers may be as long as ``MAX_OUTPUT`` and end earlier by themselves.
 """
 
