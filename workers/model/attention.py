@@ -144,7 +144,12 @@ def _build_norm(
             return None
         case QKNorm.HEAD:
             q_1D, k_1D = (read(source, f"{prefix}{part}_norm.weight", dim).float().unsqueeze(0) for part in "qk")
-            return HeadNorm(torch.cat((q_1D.expand(heads.num_heads, -1), k_1D.expand(heads.num_kv_heads, -1))), eps)
+                # Not torch.cat: on the meta device, where a model is measured before it is loaded, that imports torch's
+            # compiler, which costs a rank a second and 150 MB.
+            weight_HD = q_1D.new_empty(heads.num_heads + heads.num_kv_heads, dim)
+            weight_HD[: heads.num_heads] = q_1D
+            weight_HD[heads.num_heads :] = k_1D
+            return HeadNorm(weight_HD, eps)
         case QKNorm.FULL:
             q_N = read(source, prefix + "q_norm.weight", heads.num_heads * dim, row=heads.first_head * dim)
             k_N = read(source, prefix + "k_norm.weight", heads.num_kv_heads * dim, row=heads.first_kv_head * dim)
