@@ -32,7 +32,8 @@ def swiglu(gate_up_R2I: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class LoopedExperts:
-    """One product per expert that has rows. Reads ``counts_L`` on the host: for CPU, and for CUDA in fp32."""
+    """One product per expert that has rows. Reads ``counts_L`` on the host: for CPU, and for CUDA where
+    ``can_stack`` says no."""
 
     gate_up_L: tuple[Linear, ...]
     down_L: tuple[Linear, ...]
@@ -63,6 +64,12 @@ class StackedExperts:
         return torch._grouped_mm(swiglu(hidden_R2I), self.down_LDI.transpose(1, 2), offs=ends_L)
 
 
+def can_stack(width: int, model_width: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether one grouped product can serve experts of this shape: bf16 on CUDA, every row a multiple of 16 bytes
+    (what the tensor memory accelerator of ``torch._grouped_mm``'s kernels can address)."""
+    return device.type == "cuda" and dtype == torch.bfloat16 and width % 8 == 0 and model_width % 8 == 0
+
+
 def make_experts(
     num: int, width: int, model_width: int, dtype: torch.dtype, device: torch.device, fill: Fill
 ) -> GroupedExperts:
@@ -83,7 +90,7 @@ def make_experts(
     down_LDI = torch.empty(num, model_width, width, dtype=dtype, device=device)
     for e in range(num):
         fill(e, gate_up_L2ID[e], down_LDI[e])
-    if device.type == "cuda" and dtype == torch.bfloat16:
+    if can_stack(width, model_width, dtype, device):
         return StackedExperts(gate_up_L2ID, down_LDI)
     return LoopedExperts(
         tuple(make_linear(w) for w in gate_up_L2ID.unbind()), tuple(make_linear(w) for w in down_LDI.unbind())

@@ -129,10 +129,10 @@ def _plan_decodes(
     if len(seqs) == num_decodes:
         rows_S, table_SB = None, block_table_SB[:num_decodes]
     else:
-        rows_S = torch.tensor(seqs, device=device)
+        rows_S = _upload(seqs, device)
         table_SB = block_table_SB.index_select(0, rows_S)
     if any(first_blocks):
-        columns_SB = torch.tensor(first_blocks, device=device).unsqueeze(1) + torch.arange(num_blocks, device=device)
+        columns_SB = _upload(first_blocks, device).unsqueeze(1) + torch.arange(num_blocks, device=device)
         table_SB = table_SB.gather(1, columns_SB.clamp_(max=table_SB.shape[1] - 1))
     else:
         table_SB = table_SB[:, :num_blocks]
@@ -142,7 +142,7 @@ def _plan_decodes(
     start, stop, mask_S11L = min(starts), max(stops), None
     if max(starts) != start or min(stops) != stop:
         key_L = torch.arange(start, stop, device=device)
-        bounds_2S1 = torch.tensor([starts, stops], device=device).unsqueeze(-1)
+        bounds_2S1 = _upload([*starts, *stops], device).view(2, -1, 1)
         seen_SL = (key_L >= bounds_2S1[0]) & (key_L < bounds_2S1[1])
         mask_S11L = _additive(seen_SL, dtype)[:, None, None, :]
     return _Decodes(rows_S, len(seqs), _tiles(table_SB, num_kv_heads), start, stop, mask_S11L)
@@ -172,6 +172,12 @@ def _plan_span(
     if window is not None:
         seen_TL &= key_L > query_T1 - window
     return _Span(start, stop, tiles, context_len - first_key, _additive(seen_TL, dtype))
+
+
+def _upload(values: Sequence[int], device: torch.device) -> Tensor:
+    """int64 values on ``device``. Through pinned memory: a copy from ordinary memory would wait for the device."""
+    host = torch.tensor(values, dtype=torch.int64)
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:

@@ -73,7 +73,9 @@ class LocalTransport:
         num_tokens, k = topk_ids_TK.shape
         ids_R = topk_ids_TK.reshape(-1)
         order_R = torch.argsort(ids_R, stable=True)
-        counts_L = torch.bincount(ids_R, minlength=self.num_experts)
+        # Not bincount, which on an accelerator waits to learn how long its result is.
+        counts_L = torch.zeros(self.num_experts, dtype=torch.int64, device=ids_R.device)
+        counts_L.scatter_add_(0, ids_R, torch.ones_like(ids_R))
         position_R = torch.empty_like(order_R)
         position_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
         x_RD = x_TD[order_R // k]

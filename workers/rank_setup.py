@@ -17,6 +17,7 @@ from moestro.router.mesh import DeviceKind, Mesh, StoreAddress, join
 from moestro.router.parallel import GroupShape
 from moestro.router.placement import spread
 from moestro.workers.checkpoint import open_checkpoint
+from moestro.workers.device import configure_torch
 from moestro.workers.engine import Engine
 from moestro.workers.kv_cache import CacheSpec
 from moestro.workers.loading import OnProgress, load_model
@@ -82,6 +83,7 @@ def build_rank(spec: RankSpec, place: GroupPlace | None = None, on_progress: OnP
     if spec.threads:
         torch.set_num_threads(spec.threads)
     kind = device_kind(spec.device)
+    configure_torch(kind)
     checkpoint = open_checkpoint(spec.model)
     mesh = None
     if place is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tests.model.oracle import make_model, save_model
+from benchmarks.small_models import make_model, save_model
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 import transformers
+from benchmarks.small_models import MODELS, make_model, random_ids, save_model
 from safetensors.torch import load_file, save_file
-from tests.model.oracle import MODELS, Driver, make_model, random_ids, reference_logits, save_model
+from tests.model.oracle import Driver, reference_logits
 from torch import Tensor
 
 from moestro.router.transport import LocalTransport

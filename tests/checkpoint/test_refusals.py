@@ -9,8 +9,8 @@ import struct
 
 import pytest
 import torch
+from benchmarks.small_models import make_model, save_model
 from safetensors.torch import load_file, save_file
-from tests.model.oracle import make_model, save_model
 
 from moestro.protos.errors import CheckpointError
 from moestro.workers.checkpoint import check_tokenizer, open_checkpoint, read_json

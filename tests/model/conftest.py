@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tests.model.oracle import make_model, save_model
+from benchmarks.small_models import make_model, save_model
 
 from moestro.workers.loading import load_model
 from moestro.workers.model.decoder import Decoder

@@ -7,15 +7,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tests.model.oracle import (
-    MODELS,
-    Driver,
-    greedy,
-    random_ids,
-    reference_greedy,
-    reference_logits,
-    save_model,
-)
+from benchmarks.small_models import MODELS, random_ids, save_model
+from tests.model.oracle import Driver, greedy, reference_greedy, reference_logits
 
 from moestro.workers.loading import load_model
 

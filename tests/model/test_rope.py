@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from tests.model.oracle import Driver, greedy, random_ids, reference_greedy, reference_logits
+from benchmarks.small_models import random_ids
+from tests.model.oracle import Driver, greedy, reference_greedy, reference_logits
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from moestro.kernels.rotary import rotary_tables, rotate, rotate_reference

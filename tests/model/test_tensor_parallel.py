@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tests.model.oracle import MODELS, Driver, make_model, random_ids, reference_logits, save_model
+from benchmarks.small_models import MODELS, make_model, random_ids, save_model
+from tests.model.oracle import Driver, reference_logits
 from torch import Tensor
 
 from moestro.protos.errors import ConfigError
