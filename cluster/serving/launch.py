@@ -9,8 +9,9 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 
 import ray
@@ -53,7 +54,7 @@ def running_cluster(config: Config, on_progress: Progress) -> Iterator[Running]:
         check_port(config.server.host, config.server.port)
     for name in ("ray", "ray.serve", "ray._private.authentication"):
         logging.getLogger(name).setLevel(logging.ERROR)  # their running commentary is in Ray's own log files
-    with _ray(config) as dashboard, _serve(), _app(config) as directory:
+    with _ray(config) as dashboard, _serve(bool(config.cluster.ray_address)), _app(config) as directory:
         _wait_until_running(config, directory, on_progress)
         snapshot: Snapshot = directory.watch.remote(-1).result(timeout_s=ASK_S)
         yield Running(tuple(sorted({gateway.address for gateway in snapshot.gateways})), dashboard)
@@ -62,7 +63,8 @@ def running_cluster(config: Config, on_progress: Progress) -> Iterator[Running]:
 def check_port(host: str, port: int) -> None:
     """Raises ConfigError when the gRPC port cannot be bound: better known before half a minute of loading."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, _, _, address = found[0]
         with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
@@ -126,15 +128,17 @@ def _signals_deferred() -> Iterator[None]:
 
 
 @contextmanager
-def _serve() -> Iterator[None]:
-    """Serve's controller; ours to end when it was not there before."""
+def _serve(in_their_ray: bool) -> Iterator[None]:
+    """Serve's controller. In a Ray cluster that outlives us it is ours to end when it ran nothing before; in our own
+    it ends with Ray."""
     found = bool(_applications())
     serve.start(http_options={"location": "NoServer"}, logging_config={"log_level": "WARNING"})
     try:
         yield
     finally:
-        with suppress(Exception):  # with a Ray of our own it ends anyway
-            if not found and not _applications():
+        # Ray prints to our standard output that calls to the controller fail when it goes.
+        with suppress(Exception), redirect_stdout(StringIO()):
+            if in_their_ray and not found and not _applications():
                 serve.shutdown()
 
 
