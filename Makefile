@@ -17,7 +17,7 @@ lint: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-buf:  ## lint the protos and look for breaking changes against BASE (needs node)
+buf:  ## lint the protos and look for changes that break clients of the last release (needs node)
 	bash protos/check.sh
 
 env: $(VENV)/.ready

@@ -2,7 +2,8 @@
 
 The server runs in a process of its own, pinned to one core; the clients in another process, pinned to the other cores.
 One token is one delta is one gRPC message, and every client reads as fast as it gets. Text goes through the real
-incremental detokenizer when ``--model`` names a checkpoint folder, else through a byte-sized stand-in.
+incremental detokenizer, of ``--model`` or of a small tokenizer made for the purpose, and is looked through for a stop
+string. ``first_token_p50_s`` is that of all clients connecting and asking at one moment, connection included.
 
     python benchmarks/gateway.py --rounds 7 --out benchmarks/results/gateway.json
 """
@@ -13,102 +14,51 @@ import asyncio
 import json
 import multiprocessing
 import os
-import platform
 import statistics
-import subprocess
+import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
 
 import grpc
-import psutil
 import typer
 
+from moestro.cluster.bench.hardware import hardware_record
 from moestro.cluster.edge.core import RequestCore
 from moestro.cluster.edge.grpc_server import GrpcOptions, GrpcServer
-from moestro.cluster.edge.served import OpenText, ServedModel
+from moestro.cluster.edge.served import ServedModel
 from moestro.cluster.edge.stub import StubBackend
+from moestro.cluster.text.model import TextModel
+from moestro.cluster.text.stream import TextStream
 from moestro.protos.gen import inference_pb2 as pb
 from moestro.protos.sequences import EngineLimits
 
-VOCAB_SIZE = 256
+VOCAB_SIZE = 512
 
 
-@dataclass(frozen=True)
-class NoDefaults:
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    eos_token_ids: tuple[int, ...] = ()
+def make_tokenizer(folder: Path) -> None:
+    """A byte-level BPE tokenizer, trained on this file, for when no checkpoint is given."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([Path(__file__).read_text()], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
-@dataclass(frozen=True)
-class ByteText:
-    """One Latin-1 character a token: the cheapest text there is, so that the edge itself is measured."""
-
-    name: str = "stub"
-    vocab_size: int = VOCAB_SIZE
-    special_ids: frozenset[int] = frozenset()
-    has_chat_template: bool = False
-    generation: NoDefaults = NoDefaults()
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return [ord(character) % VOCAB_SIZE for character in text]
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return "".join(map(chr, ids))
-
-    def token_text(self, token_id: int) -> str:
-        return chr(token_id)
-
-    def render_chat(self, messages: list[dict[str, str]]) -> str:
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class ByteUpdate:
-    text: str
-    num_tokens_used: int
-    stop_string: str | None = None
-
-
-class ByteStream:
-    stop_string: str | None = None
-
-    def __init__(self, prompt_ids: Sequence[int], stop_strings: Sequence[str]) -> None:
-        del prompt_ids, stop_strings
-
-    def push(self, token_ids: Sequence[int]) -> ByteUpdate:
-        return ByteUpdate("".join(map(chr, token_ids)), len(token_ids))
-
-    def finish(self) -> str:
-        return ""
-
-
-def served_model(folder: Path | None, max_context: int) -> ServedModel:
-    """The checkpoint's text side, or the stand-in, over a stub backend."""
-    if folder is None:
-        text: Any = ByteText()
-        open_text: OpenText = ByteStream
-    else:
-        from moestro.cluster.text.model import TextModel
-        from moestro.cluster.text.stream import TextStream
-
-        text = model = TextModel.load(folder)
-
-        def open_text(prompt_ids: Sequence[int], stop_strings: Sequence[str]) -> TextStream:
-            return TextStream(model, prompt_ids, stop_strings)
-
+def served_model(folder: Path, max_context: int) -> ServedModel:
+    """A checkpoint's text side over a stub backend."""
+    text = TextModel.load(folder)
     limits = EngineLimits(vocab_size=text.vocab_size, max_context=max_context, max_waiting=4096)
-    return ServedModel(text, StubBackend(limits), open_text)
+    return ServedModel(text, StubBackend(limits), lambda prompt, stops: TextStream(text, prompt, stops))
 
 
-def serve(ready: Connection, folder: Path | None, max_context: int, cores: list[int]) -> None:
+def serve(ready: Connection, folder: Path, max_context: int, cores: list[int]) -> None:
     """The server process. Sends its port, then its CPU seconds whenever asked, until told to stop."""
     os.sched_setaffinity(0, cores)
 
@@ -129,7 +79,9 @@ def serve(ready: Connection, folder: Path | None, max_context: int, cores: list[
 async def one_round(port: int, clients: int, tokens: int) -> dict[str, float]:
     """Every client on a connection of its own, all at once. Raises when a client misses a token."""
     request = pb.GenerateRequest(
-        text="def f(", stop=pb.StopParams(max_tokens=tokens, ignore_eos=True), sampling=pb.SamplingParams(seed=1)
+        text="def f(",
+        stop=pb.StopParams(max_tokens=tokens, ignore_eos=True, strings=["never in the text"]),
+        sampling=pb.SamplingParams(seed=1),
     ).SerializeToString()
     options = [("grpc.use_local_subchannel_pool", 1)]  # a connection each
     start_s = time.perf_counter()
@@ -165,7 +117,7 @@ def main(
     clients: Annotated[int, typer.Option(min=1, help="Concurrent streams.")] = 64,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens per stream.")] = 500,
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds; one more runs first to warm up.")] = 7,
-    model: Annotated[Path | None, typer.Option(help="Checkpoint folder whose tokenizer writes the text.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Checkpoint folder whose tokenizer is used.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Measures, prints and writes."""
@@ -173,7 +125,11 @@ def main(
     cores = sorted(os.sched_getaffinity(0))
     server_cores, client_cores = cores[:1], cores[1:] or cores
     here, there = context.Pipe()
-    server = context.Process(target=serve, args=(there, model, tokens + 64, server_cores), daemon=True)
+    scratch = tempfile.TemporaryDirectory()
+    folder = model or Path(scratch.name)
+    if model is None:
+        make_tokenizer(folder)
+    server = context.Process(target=serve, args=(there, folder, tokens + 64, server_cores), daemon=True)
     server.start()
     port = here.recv()
     results = []
@@ -192,11 +148,12 @@ def main(
             print(f"round {number}: {result['tokens_per_s']:,.0f} tokens/s, {result['server_cpu_us_per_token']:.1f} µs")
     here.send("stop")
     server.join(10)
+    scratch.cleanup()
     report: dict[str, Any] = {
         "benchmark": "gateway",
         "clients": clients,
         "tokens_per_client": tokens,
-        "text": "checkpoint" if model else "one character per token",
+        "text": f"tokenizer of {model.name}" if model else f"byte-level BPE of {VOCAB_SIZE} tokens",
         "server_cores": len(server_cores),
         "client_cores": len(client_cores),
         "cores_shared": not cores[1:],
@@ -209,44 +166,13 @@ def main(
             for key in ("tokens_per_s", "first_token_p50_s", "server_cpu_us_per_token")
         },
         "rounds": rounds,
-        "hardware": hardware(),
-        "commit": commit(),
+        "hardware": hardware_record(),
     }
     median = report["tokens_per_s"]["median"]
     print(f"{clients} clients on one server core: median {median:,.0f} tokens/s over {rounds} rounds")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(report, indent=2) + "\n")
-
-
-def hardware() -> dict[str, Any]:
-    """What the figures hold for."""
-    names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "load_average_1min": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "grpcio": grpc.__version__,
-    }
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
-
-
-def commit() -> str:
-    """The commit that was measured; ``+`` when there are changes besides."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
-
-    dirty = git("status", "--porcelain", "--untracked-files=no")
-    return git("rev-parse", "--short", "HEAD") + ("+" if dirty else "")
 
 
 if __name__ == "__main__":

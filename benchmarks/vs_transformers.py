@@ -9,7 +9,6 @@ same prompts and the difference taken, as its generate does not say when the fir
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +18,7 @@ import typer
 from benchmarks.checkpoints import checkpoint
 from benchmarks.engines import run_batch
 from benchmarks.hardware import hardware_record
+from benchmarks.rounds import spread
 from rich.console import Console
 from rich.table import Table
 
@@ -80,25 +80,13 @@ def main(
                         "prefill_ratio": peer_prefill_s / timing.prefill_s,
                     }
                 )
-            results.append({"model": name, "batch": batch, "tokens_per_s": spread_of(rows[1:])})
+            results.append({"model": name, "batch": batch, "tokens_per_s": spread(rows[1:])})
         del peer, engine
     report(results)
     output.parent.mkdir(parents=True, exist_ok=True)
     settings = {"prompt_tokens": PROMPT_TOKENS, "output_tokens": OUTPUT_TOKENS, "threads": threads, "rounds": rounds}
     record = {"hardware": hardware_record(), "settings": settings | {"seed": seed}, "results": results}
     output.write_text(json.dumps(record, indent=2) + "\n")
-
-
-def spread_of(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Median and range of each figure; ratios are taken round by round."""
-    return {
-        key: {
-            "median": statistics.median(row[key] for row in rows),
-            "min": min(row[key] for row in rows),
-            "max": max(row[key] for row in rows),
-        }
-        for key in rows[0]
-    }
 
 
 def report(results: list[dict[str, Any]]) -> None:

@@ -1,6 +1,6 @@
 """Print the README's results tables from `evaluation.json`, so that the page repeats the file and nothing else.
 
-    python -m moestro.demo.readme_table
+python -m moestro.demo.readme_table
 """
 
 import json

@@ -58,7 +58,11 @@ class PackedLinear:
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether weights on ``device`` in ``dtype`` gain from oneDNN's layout: bf16 on a CPU that multiplies it."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return False
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def pack(weight_OI: Tensor) -> Tensor:

@@ -1,14 +1,12 @@
 #!/usr/bin/env bash
-# Lints the protos and looks for breaking changes against BASE, a git reference (default: the newest tag, else main).
+# Lints the protos, and looks for changes that would break clients of the last release, whose image is
+# released.binpb. A release renews it: `bash protos/check.sh release`.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")"
 buf() { npx --yes @bufbuild/buf@1.75.0 "$@"; }
-buf lint protos
-buf format --diff --exit-code protos
-base=${BASE:-$(git describe --tags --abbrev=0 2>/dev/null || echo main)}
-if git cat-file -e "$base:protos/buf.yaml" 2>/dev/null; then
-  reference="$(git rev-parse "$base^{commit}")"
-  buf breaking protos --against "$(git rev-parse --git-common-dir)#ref=$reference,subdir=protos"
-else
-  echo "no protos at $base to compare with"
+buf lint
+buf format --diff --exit-code
+if [ "${1:-}" = release ]; then
+  buf build --output released.binpb
 fi
+buf breaking --against released.binpb

@@ -56,16 +56,21 @@ def serve_store(host: str = "127.0.0.1", timeout_s: float = 60.0) -> tuple[TCPSt
     return store, address
 
 
-@dataclass(frozen=True, slots=True)
 class Collectives:
     """One process group. Every rank of it calls the same methods in the same order, from one thread at a time.
 
-    Raises RuntimeError when a peer is gone or the group's timeout passes; the group is then broken for good.
+    Raises RuntimeError when a peer is gone, the group's timeout passes, or it was closed; it is then broken for good.
     """
 
-    rank: int
-    size: int
-    backend: Any  # ProcessGroupGloo or ProcessGroupNCCL; their stubs differ between torch versions
+    def __init__(self, rank: int, size: int, backend: Any) -> None:
+        # backend: ProcessGroupGloo or ProcessGroupNCCL, Any since their stubs differ between torch versions
+        self.rank, self.size, self._backend = rank, size, backend
+
+    @property
+    def backend(self) -> Any:
+        if self._backend is None:
+            raise RuntimeError("this process group is closed")
+        return self._backend
 
     def all_to_all(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
         """Rows ``x[sum(send[:p]) : ][: send[p]]`` go to rank p; what rank p sent arrives at the same place by
@@ -90,11 +95,10 @@ class Collectives:
         return x
 
     def close(self) -> None:
-        self.backend.shutdown()
-
-    def abort(self) -> None:
-        """Breaks running collectives, here and (by the lost connection) at the peers."""
-        self.backend.abort()
+        """Peers that wait for this rank, or will, see a lost connection. A second call does nothing."""
+        backend, self._backend = self._backend, None
+        if backend is not None:
+            backend.shutdown()  # does nothing in gloo, whose connections close when its last reference is gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +146,7 @@ class Mesh:
         return [self.world, self.control, *tp, *([self.tp_control] if self.tp_control else [])]
 
     def close(self) -> None:
-        """Leaves the group. Peers still in a collective see a lost connection."""
+        """Leaves the group: from the thread that uses it, between collectives."""
         for collectives in self._collectives():
             collectives.close()
 
@@ -151,11 +155,6 @@ class Mesh:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-    def abort(self) -> None:
-        """Leaves at once, from any thread: running collectives fail."""
-        for collectives in self._collectives():
-            collectives.abort()
 
 
 def join(

@@ -62,6 +62,10 @@ class RankLoop:
         """Asks the whole group to end at the head of its next step."""
         self._lockstep.stop()
 
+    def close(self) -> None:
+        """Gives up the lockstep's connections, after ``run`` has returned and nobody submits any more."""
+        self._lockstep.close()
+
     def run(self, publish: Callable[[StepOutput], None]) -> None:
         """Steps until the group is asked to stop. ``publish`` is called on this thread and must not block."""
         engine, lockstep = self._engine, self._lockstep

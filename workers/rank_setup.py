@@ -6,14 +6,14 @@ Used by the Ray actor, by in-process engines and by tests alike: there is one wa
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
 from moestro.protos.errors import ConfigError
 from moestro.protos.sequences import EngineLimits
 from moestro.router.all_to_all import all_to_all
-from moestro.router.mesh import DeviceKind, StoreAddress, join
+from moestro.router.mesh import DeviceKind, Mesh, StoreAddress, join
 from moestro.router.parallel import GroupShape
 from moestro.router.placement import spread
 from moestro.workers.checkpoint import open_checkpoint
@@ -65,6 +65,13 @@ class BuiltRank:
     loop: RankLoop
     limits: EngineLimits
     device: str
+    mesh: Mesh | None  # None for a rank alone
+
+    def close(self) -> None:
+        """Leaves the group, after the loop has ended."""
+        self.loop.close()
+        if self.mesh is not None:
+            self.mesh.close()
 
 
 def build_rank(spec: RankSpec, place: GroupPlace | None = None, on_progress: OnProgress | None = None) -> BuiltRank:
@@ -76,6 +83,7 @@ def build_rank(spec: RankSpec, place: GroupPlace | None = None, on_progress: OnP
         torch.set_num_threads(spec.threads)
     kind = device_kind(spec.device)
     checkpoint = open_checkpoint(spec.model)
+    mesh = None
     if place is None:
         if spec.shape.world_size != 1:
             raise ConfigError(f"a rank alone has dp 1 and tp 1, not {spec.shape.dp} and {spec.shape.tp}")
@@ -97,15 +105,12 @@ def build_rank(spec: RankSpec, place: GroupPlace | None = None, on_progress: OnP
             dtype=_DTYPES[spec.dtype],
             device=device,
             tp=mesh.tp,
-            transport=replace(
-                all_to_all(mesh, spread(checkpoint.config.num_experts, spec.shape.world_size)),
-                shape=GroupShape(spec.shape.world_size, 1),
-            ),
+            transport=all_to_all(mesh, spread(checkpoint.config.num_experts, spec.shape.world_size)),
             on_progress=on_progress,
         )
         lockstep = make_lockstep(mesh, place.store)
     engine = build_engine(spec, model, device)
-    return BuiltRank(RankLoop(engine, lockstep, time.monotonic), engine.limits, str(device))
+    return BuiltRank(RankLoop(engine, lockstep, time.monotonic), engine.limits, str(device), mesh)
 
 
 def device_kind(wanted: str) -> DeviceKind:

@@ -29,7 +29,7 @@ class GrpcTarget:
     def __init__(self, address: str, model: str = "", channels: int = 4) -> None:
         self._model = model
         self._channels = [grpc.aio.insecure_channel(address, options=_OPTIONS) for _ in range(channels)]
-        self._stubs = [InferenceServiceStub(channel) for channel in self._channels]  # type: ignore[no-untyped-call]
+        self._stubs = [InferenceServiceStub(channel) for channel in self._channels]
         self._turns = cycle(self._stubs)
 
     async def describe(self) -> TargetInfo:

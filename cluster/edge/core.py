@@ -11,18 +11,22 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
+from typing import ParamSpec, TypeVar
 
 from moestro.cluster.backend import DeltaStream
 from moestro.cluster.edge.events import Completion, StreamEvent, gather
 from moestro.cluster.edge.journal import Admitted, Journal
-from moestro.cluster.edge.served import EdgeLimits, ServedModel
+from moestro.cluster.edge.served import EdgeLimits, ServedModel, TextModel
 from moestro.cluster.edge.validation import ValidRequest, fit, validate_chat, validate_generate, validate_token_ids
 from moestro.protos.errors import FieldViolation, InvalidRequest, Overloaded, UnknownModel
 from moestro.protos.gen import inference_pb2 as pb
 from moestro.workers.sampling.seeds import derive_seed
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class RequestStream:
@@ -94,6 +98,7 @@ class RequestCore:
         self.limits = limits or EdgeLimits()
         self.models = {model.name: model for model in models}
         self._open: dict[str, RequestStream | None] = {}  # by request id; None while it is being admitted
+        self._num_text_calls = 0
 
     @property
     def num_open(self) -> int:
@@ -146,18 +151,19 @@ class RequestCore:
             return gather([event async for event in stream])
 
     async def tokenize(self, request: pb.TokenizeRequest) -> list[int]:
-        """Raises UnknownModel."""
+        """Raises UnknownModel, InvalidRequest, Overloaded."""
         special = request.add_special_tokens if request.HasField("add_special_tokens") else True
-        return await self._encode(self.find(request.model), request.text, special)
+        text = self.find(request.model).text
+        with self._text_call():
+            return await self._off_loop(len(request.text), text.encode, request.text, special)
 
     async def detokenize(self, request: pb.DetokenizeRequest) -> str:
-        """Raises UnknownModel, InvalidRequest."""
+        """Raises UnknownModel, InvalidRequest, Overloaded."""
         model = self.find(request.model)
         ids = list(request.token_ids)
         validate_token_ids("token_ids", ids, model.backend.limits.vocab_size)
-        if len(ids) <= self.limits.encode_in_thread_chars:
-            return model.text.decode(ids, request.skip_special_tokens)
-        return await asyncio.to_thread(model.text.decode, ids, request.skip_special_tokens)
+        with self._text_call():
+            return await self._off_loop(len(ids), model.text.decode, ids, request.skip_special_tokens)
 
     def forget(self, stream: RequestStream) -> None:
         """A stream has ended; called by the stream itself."""
@@ -174,7 +180,7 @@ class RequestCore:
         """Takes a place, given back when admission fails on the way."""
         if len(self._open) >= self.limits.max_open_requests:
             raise Overloaded(f"{len(self._open)} requests are open, the most this gateway takes")
-        request_id = valid.request_id or f"req-{secrets.token_hex(8)}"
+        request_id = valid.request_id or new_request_id()
         if request_id in self._open:
             raise InvalidRequest([FieldViolation("request_id", "is that of an open request")])
         self._open[request_id] = None
@@ -188,17 +194,38 @@ class RequestCore:
         if isinstance(valid.prompt, tuple):
             return valid.prompt
         if valid.prompt is not None:
-            return tuple(await self._encode(model, valid.prompt, add_special_tokens=True))
+            return tuple(await self._off_loop(len(valid.prompt), model.text.encode, valid.prompt, True))
         if not model.text.has_chat_template:
             raise InvalidRequest([FieldViolation("model", f"{model.name!r} has no chat template")])
-        text = model.text.render_chat([{"role": role, "content": content} for role, content in valid.messages])
-        # The template has written the special tokens itself.
-        return tuple(await self._encode(model, text, add_special_tokens=False))
+        messages = [{"role": role, "content": content} for role, content in valid.messages]
+        return tuple(await self._off_loop(sum(len(c) for _, c in valid.messages), _encode_chat, model.text, messages))
 
-    async def _encode(self, model: ServedModel, text: str, add_special_tokens: bool) -> list[int]:
-        if len(text) <= self.limits.encode_in_thread_chars:
-            return model.text.encode(text, add_special_tokens)
-        return await asyncio.to_thread(model.text.encode, text, add_special_tokens)
+    async def _off_loop(self, size: int, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Does small work here and large work in a thread, so that no stream waits for somebody's long text."""
+        if size <= self.limits.encode_in_thread_chars:
+            return work(*args, **kwargs)
+        return await asyncio.to_thread(work, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _text_call(self) -> Iterator[None]:
+        """Counts the calls that tokenise and detokenise, which hold large messages while they wait for a thread."""
+        if self._num_text_calls >= self.limits.max_text_calls:
+            raise Overloaded(f"{self._num_text_calls} texts are being converted, the most this gateway takes")
+        self._num_text_calls += 1
+        try:
+            yield
+        finally:
+            self._num_text_calls -= 1
+
+
+def _encode_chat(text: TextModel, messages: list[dict[str, str]]) -> list[int]:
+    # The template has written the special tokens itself.
+    return text.encode(text.render_chat(messages), add_special_tokens=False)
+
+
+def new_request_id() -> str:
+    """An id for a request whose caller gave none."""
+    return f"req-{secrets.token_hex(8)}"
 
 
 def _settle(valid: ValidRequest, request_id: str, model: ServedModel, prompt_ids: tuple[int, ...]) -> Admitted:

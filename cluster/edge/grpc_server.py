@@ -44,7 +44,7 @@ class GrpcServer:
         self._server = grpc.aio.server(
             options=_channel_options(self.options, core.limits.max_message_bytes),
             # A backstop far above the core's own bound, which answers with details.
-            maximum_concurrent_rpcs=4 * core.limits.max_open_requests,
+            maximum_concurrent_rpcs=4 * core.limits.max_open_requests + 64,
         )
         handlers = (InferenceHandlers(core, version).generic(), ClusterHandlers(core, status).generic())
         self._server.add_generic_rpc_handlers((*handlers, _reflection_v1((INFERENCE, CLUSTER))))

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from moestro.cluster.edge.core import RequestCore
+from moestro.cluster.edge.core import RequestCore, new_request_id
 from moestro.cluster.edge.parsing import parse
 from moestro.cluster.edge.statuses import status_of
 from moestro.cluster.edge.wire import encode_completion, encode_event
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 INFERENCE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 CLUSTER = pb.DESCRIPTOR.services_by_name["ClusterService"].full_name
 COMPRESSION_KEY = "moestro-compression"  # metadatum of a client that wants its stream compressed: "gzip"
+MAX_ID_CHARS = 128  # of an id that is told back
 COMPRESS_FROM_BYTES = 1024  # smaller answers are not worth it
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -127,12 +128,13 @@ def _streaming(
     kind: type[M], method: Callable[[M, Context], Awaitable[None]]
 ) -> Callable[[bytes, Context], Awaitable[None]]:
     async def handle(data: bytes, context: Context) -> None:
-        request = None
+        request_id = new_request_id()
         try:
             request = parse(kind, data)
+            request_id = _identify(request, request_id)
             await method(request, context)
         except Exception as error:
-            await _abort(context, error, request)
+            await _abort(context, error, request_id)
 
     return handle
 
@@ -141,23 +143,32 @@ def _unary(
     kind: type[M], method: Callable[[M, Context], Awaitable[bytes]]
 ) -> Callable[[bytes, Context], Awaitable[bytes]]:
     async def handle(data: bytes, context: Context) -> bytes:
-        request = None
+        request_id = new_request_id()
         try:
             request = parse(kind, data)
+            request_id = _identify(request, request_id)
             response = await method(request, context)
         except Exception as error:
-            await _abort(context, error, request)
+            await _abort(context, error, request_id)
             raise  # not reached: abort has raised
         if len(response) >= COMPRESS_FROM_BYTES:
             context.set_compression(grpc.Compression.Gzip)  # gRPC sends it plain to a client that does not take it
+            await context.send_initial_metadata(())  # without this grpc.aio forgets it in a unary call
         return response
 
     return handle
 
 
-async def _abort(context: Context, error: Exception, request: Message | None) -> None:
+def _identify(request: Message, new_id: str) -> str:
+    """The client's own id of the request, or the new one, which is then put into the request where it has a place."""
     inner = getattr(request, "request", request)
-    request_id = getattr(inner, "request_id", "")[:128]
+    if isinstance(inner, pb.GenerateRequest | pb.ChatRequest):
+        inner.request_id = inner.request_id or new_id
+        return inner.request_id[:MAX_ID_CHARS]
+    return new_id
+
+
+async def _abort(context: Context, error: Exception, request_id: str) -> None:
     status = status_of(error, request_id)
     if status.code is grpc.StatusCode.INTERNAL:
         log.error("request %r failed: %s", request_id, error, exc_info=error)

@@ -111,7 +111,8 @@ class Journal:
     def _accept_one(self, index: int, choice: ChoiceRecord, delta: SequenceDelta, now_s: float) -> ChoiceDelta:
         reason = delta.finish_reason
         if reason is FinishReason.ERROR:
-            raise SequenceFailed(f"choice {index} failed in the engine")
+            # The engine's own words are for the log, not for the caller.
+            raise SequenceFailed(f"choice {index} failed in the engine") from RuntimeError(delta.error)
         if reason is FinishReason.CANCELLED:
             raise Unavailable(f"choice {index} was ended by the engine")
         token_ids, text, stop_string = delta.token_ids, "", None

@@ -100,4 +100,5 @@ class EdgeLimits:
     max_request_id_chars: int = 128
     max_chat_messages: int = 1024
     max_message_bytes: int = 4 << 20
-    encode_in_thread_chars: int = 4096  # longer texts are tokenised off the event loop
+    encode_in_thread_chars: int = 4096  # longer texts (or token lists) are converted off the event loop
+    max_text_calls: int = 64  # Tokenize and Detokenize calls at work; beyond it one is refused with Overloaded

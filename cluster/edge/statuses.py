@@ -25,9 +25,9 @@ from moestro.protos.errors import (
 
 DOMAIN = "moestro"
 DETAILS_KEY = "grpc-status-details-bin"
-MAX_MESSAGE_CHARS = 512  # gRPC sends it percent-encoded in a header
+MAX_MESSAGE_CHARS = 400  # gRPC sends it percent-encoded in a header
 MAX_VIOLATIONS = 32
-MAX_DESCRIPTION_CHARS = 120
+MAX_DESCRIPTION_CHARS = 112
 
 # The most special class first: the first that matches wins.
 _CODES: tuple[tuple[type[BaseException], grpc.StatusCode, str], ...] = (

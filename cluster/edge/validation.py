@@ -15,7 +15,7 @@ from moestro.protos.errors import ContextOverflow, FieldViolation, InvalidReques
 from moestro.protos.gen import inference_pb2 as pb
 from moestro.protos.sequences import EngineLimits, SamplingParams
 
-MAX_NAMED = 3  # violations named of one repeated field; a status must fit into HTTP/2 trailers of 8 KiB
+MAX_NAMED = 2  # violations named of one repeated field; a status must fit into HTTP/2 trailers of 8 KiB
 _REQUEST_ID = re.compile(r"[\x21-\x7e]*")
 
 

@@ -71,7 +71,7 @@ async def attached(address: str, lost: list[RankLink] | None = None) -> AsyncIte
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - nothing here signals
             await asyncio.sleep(0.005)
 
 

@@ -18,9 +18,7 @@ def one_thread() -> None:
 
 
 def load(folder: Path) -> tuple[Any, dict[str, Any]]:
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, local_files_only=True
-    )
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, local_files_only=True)
     return model.eval(), info
 
 

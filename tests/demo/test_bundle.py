@@ -57,9 +57,7 @@ def test_size() -> None:
 @pytest.mark.parametrize("which", ["target", "draft"])
 def test_loads_unchanged(which: str, request: pytest.FixtureRequest) -> None:
     model, info = request.getfixturevalue(which)
-    assert not any(
-        info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
-    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
@@ -94,7 +92,5 @@ def test_chat_template(auto_tokenizer: Any) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi {{ x }}"}]
     text = auto_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert text == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n"
-        "<|im_start|>user\nHi {{ x }}<|im_end|>\n"
-        "<|im_start|>assistant\n"
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi {{ x }}<|im_end|>\n<|im_start|>assistant\n"
     )

@@ -21,9 +21,7 @@ def excerpt(tokenizer: Tokenizer) -> torch.Tensor:
     return torch.from_numpy(tokenize(tokenizer, [Document("wsgiref/util.py", text)]).tokens_N.astype("int64"))
 
 
-def test_perplexity_beats_the_ngram(
-    target: tuple[Any, Any], excerpt: torch.Tensor, evaluation: dict[str, Any]
-) -> None:
+def test_perplexity_beats_the_ngram(target: tuple[Any, Any], excerpt: torch.Tensor, evaluation: dict[str, Any]) -> None:
     recorded = evaluation["excerpt"]
     perplexity = math.exp(-score(target[0], excerpt.numpy()).log_probs_N.mean())
     assert len(excerpt) == recorded["tokens"]

@@ -72,7 +72,9 @@ def random_work(rank: int, world_size: int, address: StoreAddress, tp: int, seed
         for steps in posted:
             time.sleep(chance.choice([0, 0, 0.0005, 0.005, 0.03]))
             me.post(steps)
-        if store.add("posted", 1) == world_size // tp:
+        while me.done < sum(posted):
+            time.sleep(0.01)
+        if store.add("finished", 1) == world_size // tp:
             time.sleep(0.2)  # an ample pause for the group to fall asleep once more: stop must wake it
             me.lockstep.stop()
 

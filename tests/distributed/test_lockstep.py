@@ -18,7 +18,7 @@ def test_random_work_is_done_in_the_same_steps_everywhere(world_size: int, tp: i
     results = run_processes(f"{RANKS}:random_work", world_size, {"tp": tp, "seed": 5})
     assert [result["done"] for result in results] == [result["expected"] for result in results]
     assert all(result["agreed"] == results[0]["agreed"] for result in results)
-    assert results[0]["sleeps"] > 2, "the schedule was meant to let the group fall asleep now and then"
+    assert results[0]["sleeps"] > 0, "the group was meant to sleep at least before it is stopped"
     for rank, result in enumerate(results):
         assert result["clocks"] == results[rank - rank % tp]["clocks"], "a peer had another clock than its leader"
     print(f"\n{world_size} ranks, tp={tp}: {results[0]['steps']} steps, {results[0]['sleeps']} sleeps")

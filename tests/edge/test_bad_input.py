@@ -145,7 +145,7 @@ def test_a_thousand_bad_ids_fit_into_one_status() -> None:
             said = await refused(it.generate(sent))
             assert said.code is grpc.StatusCode.INVALID_ARGUMENT
             assert {"token_ids.ids[0]", "stop.strings", "stop.token_ids", "sampling.logit_bias"} <= set(said.fields)
-            assert "of 4997 more like it" in said.fields["token_ids.ids[4999]"]
+            assert "of 4998 more like it" in said.fields["token_ids.ids[4999]"]
 
     run(test())
 

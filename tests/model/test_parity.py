@@ -118,7 +118,7 @@ def test_an_idle_rank_steps_along(pair, case):
 def test_bf16_is_as_close_to_fp32_as_transformers_bf16(pair, case, tmp_path):
     """No two bf16 implementations agree bit for bit: a gate can pick another expert for a rounding. The oracle is
     the fp32 model; on average over many logits ours may be at most 1.25 times as far from it as transformers' own bf16
-    run is (it rounds in more places, so ours is usually nearer)."""
+    run is. (It rounds in more places, so ours is mostly nearer, but one flipped expert outweighs many roundings.)"""
     model, _ = pair(case)
     half = load_model(save_model(model, tmp_path), dtype=torch.bfloat16)
     their_half = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
@@ -130,4 +130,4 @@ def test_bf16_is_as_close_to_fp32_as_transformers_bf16(pair, case, tmp_path):
         got = torch.cat([driver.step([(0, ids[:50])])[0], *(driver.step([(0, [i])])[0] for i in ids[50:])])
         ours += float((got - want).abs().mean())
         theirs += float((reference_logits(their_half, ids) - want).abs().mean())
-    assert ours <= 1.25 * theirs
+    assert ours <= 1.25 * theirs, f"{ours / theirs:.3f} times as far"

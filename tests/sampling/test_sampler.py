@@ -214,7 +214,7 @@ def test_min_tokens_holds_the_end_back_then_lets_it_go() -> None:
     x[0, 2] = 9.0
     early = row((1,), (5,), temperature=0.0, min_tokens=2, eos_token_ids=(2,))
     assert sample(x, [early])[0].token_id == 0
-    assert sample(x, [early._replace(output_ids=(5, 5))])[0].token_id == 2
+    assert sample(x, [early._replace(token_ids=(1, 5, 5))])[0].token_id == 2
 
 
 def test_logprobs_are_of_the_raw_logits() -> None:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from moestro.kernels.linear import Linear, empty_weight, make_linear
-from moestro.kernels.paged_attention import AttentionPlan, paged_attention, write_kv_
+from moestro.kernels.paged_attention import AttentionPlan, paged_attention, plan_attention, write_kv_
 from moestro.kernels.rms_norm import rms_norm
 from moestro.kernels.rotary import rotate
 from moestro.router.parallel import TensorParallel
+from moestro.workers.batch import Batch, CacheTables
 from moestro.workers.kv_cache import LayerCache
 from moestro.workers.model.sharding import HeadShard, shard_heads
 from moestro.workers.model.weights import WeightSource, read, read_linear
@@ -87,6 +88,20 @@ class Attention:
         out_TQD = paged_attention(qkv_TND[:, :num_heads], kv_TCD, kv_NCbD, plan, self.spec.scale)
         return self.tp.sum(self.out.apply(out_TQD.view(num_tokens, -1)))
 
+    def plan(self, batch: Batch, tables: CacheTables, block_size: int, dtype: torch.dtype) -> AttentionPlan:
+        """What this step needs of this block and of all others of its group."""
+        return plan_attention(
+            batch.query_start_S1,
+            batch.context_len_S,
+            batch.num_decodes,
+            tables.block_table_SB,
+            tables.slot_T,
+            num_kv_heads=self.heads.num_kv_heads,
+            block_size=block_size,
+            window=self.spec.window,
+            dtype=dtype,
+        )
+
     def cache(self, group: int) -> LayerCache:
         """What this block stores."""
         return LayerCache(group, 2 * self.heads.num_kv_heads, self.spec.head_dim)
@@ -129,7 +144,12 @@ def _build_norm(
             return None
         case QKNorm.HEAD:
             q_1D, k_1D = (read(source, f"{prefix}{part}_norm.weight", dim).float().unsqueeze(0) for part in "qk")
-            return HeadNorm(torch.cat((q_1D.expand(heads.num_heads, -1), k_1D.expand(heads.num_kv_heads, -1))), eps)
+                # Not torch.cat: on the meta device, where a model is measured before it is loaded, that imports torch's
+            # compiler, which costs a rank a second and 150 MB.
+            weight_HD = q_1D.new_empty(heads.num_heads + heads.num_kv_heads, dim)
+            weight_HD[: heads.num_heads] = q_1D
+            weight_HD[heads.num_heads :] = k_1D
+            return HeadNorm(weight_HD, eps)
         case QKNorm.FULL:
             q_N = read(source, prefix + "q_norm.weight", heads.num_heads * dim, row=heads.first_head * dim)
             k_N = read(source, prefix + "k_norm.weight", heads.num_kv_heads * dim, row=heads.first_kv_head * dim)

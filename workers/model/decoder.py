@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moestro.kernels.paged_attention import AttentionPlan, plan_attention
+from moestro.kernels.paged_attention import AttentionPlan
 from moestro.kernels.rms_norm import rms_norm
 from moestro.router.parallel import TensorParallel
 from moestro.router.transport import Transport
@@ -70,19 +70,11 @@ class Decoder:
         return self.head.forward(x_RM)
 
     def _plan(self, batch: Batch, cache: KVCache) -> list[AttentionPlan]:
+        """One plan per group, made by the group's first layer: the layers of a group have the same attention."""
+        first_G = {layer.group: layer.attention for layer in reversed(self.layers)}
         return [
-            plan_attention(
-                batch.query_start_S1,
-                batch.context_len_S,
-                batch.num_decodes,
-                tables.block_table_SB,
-                tables.slot_T,
-                num_kv_heads=self.layers[0].attention.heads.num_kv_heads,
-                block_size=cache.block_size,
-                window=window,
-                dtype=self.cache_spec.dtype,
-            )
-            for tables, window in zip(batch.tables_G, self.cache_spec.windows, strict=True)
+            first_G[group].plan(batch, tables, cache.block_size, self.cache_spec.dtype)
+            for group, tables in enumerate(batch.tables_G)
         ]
 
     def _step_along(self) -> Tensor:
