@@ -154,7 +154,11 @@ def _app(config: Config) -> Iterator[Any]:
     """Deploys our application; yields the directory's handle."""
     if APP_NAME in _applications():
         raise StartFailed(f"cluster.ray_address: {config.cluster.ray_address} already runs a Moestro cluster")
-    gpus = gpus_per_rank(config, ray.cluster_resources().get("GPU", 0.0))
+    present = ray.cluster_resources().get("GPU", 0.0)
+    gpus = gpus_per_rank(config, present)
+    needed = gpus * config.cluster.groups * config.cluster.dp * config.cluster.tp
+    if needed > present and not config.cluster.ray_address:  # another's Ray may grow as it is asked to
+        raise StartFailed(f"rank.device: {needed:.0f} ranks need a GPU each, this machine has {present:.0f}")
     app = build_app(config, secrets.token_hex(32), gpus)
     try:
         target = serve.RunTarget(target=app, name=APP_NAME, route_prefix=None)

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-
 from tests.model.oracle import make_model, save_model
 from tests.text.tokenizers_zoo import write
+from tokenizers import Tokenizer
 
 
 @pytest.fixture(scope="session")

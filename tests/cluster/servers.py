@@ -37,11 +37,11 @@ drain_s = 5.0
 """
 
 
-def environment(home: Path) -> dict[str, str]:
+def environment(home: Path, **more: str) -> dict[str, str]:
     """A user who has never run Ray; its sockets need a short path."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]))
-    return kept | {"HOME": str(home), "RAY_TMPDIR": str(home), "PYTHONPATH": path, "COLUMNS": "200"}
+    return kept | {"HOME": str(home), "RAY_TMPDIR": str(home), "PYTHONPATH": path, "COLUMNS": "200"} | more
 
 
 @contextmanager
@@ -63,9 +63,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run(home: Path, *arguments: object, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
+def run(
+    home: Path, *arguments: object, env: dict[str, str] | None = None, stdin: str = ""
+) -> subprocess.CompletedProcess[str]:
+    env = env or environment(home)
     return subprocess.run(
-        moestro(*arguments), env=environment(home), capture_output=True, text=True, timeout=timeout_s, check=False
+        moestro(*arguments), env=env, input=stdin, capture_output=True, text=True, timeout=START_S, check=False
     )
 
 
@@ -124,14 +127,14 @@ class Server:
 
 
 @contextmanager
-def serving(*arguments: object, wait_for_ready: bool = True, dashboard_port: int | None = None) -> Iterator[Server]:
+def serving(*arguments: object, wait_for_ready: bool = True, **more_environment: str) -> Iterator[Server]:
     """A server that is ready, unless told not to wait. Nothing of it outlives the block."""
     with short_home() as home:
         config = home / "serve.toml"
-        config.write_text(SMALL.format(dashboard_port=free_port() if dashboard_port is None else dashboard_port))
+        config.write_text(SMALL.format(dashboard_port=free_port()))
         process = subprocess.Popen(
             moestro("serve", *arguments, "--config", config),
-            env=environment(home),
+            env=environment(home, **more_environment),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -19,12 +19,12 @@ import grpc
 import pytest
 import transformers
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tests.cluster.servers import Server, run, serving, until
+from tests.model.oracle import reference_greedy
 
 from moestro.cluster.client import Client
 from moestro.cluster.client_results import RankStatus
 from moestro.protos.errors import ContextOverflow, Unavailable, UnknownModel
-from tests.cluster.servers import Server, run, serving, until
-from tests.model.oracle import reference_greedy
 
 PROMPT = [5, 17, 200, 33, 71, 9]
 HEALTH = health_pb2.HealthCheckResponse

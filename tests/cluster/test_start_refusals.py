@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.cluster.servers import free_port, run
 
 from moestro.cluster.serving.ports import check_port
 from moestro.cluster.serving.reasons import reason_in
 from moestro.protos.errors import ConfigError
-from tests.cluster.servers import free_port, run
 
 QUICK_S = 20.0  # on a machine where nothing else runs: two or three
 
