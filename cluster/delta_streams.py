@@ -62,6 +62,12 @@ class DeltaStreams:
         self._cancel_at_engine = cancel
         self._streams: dict[str, tuple[QueuedDeltas, str]] = {}  # engine's id -> stream, edge's id
         self._num_opened = 0
+        self._none_open = asyncio.Event()
+        self._none_open.set()
+
+    async def wait_none_open(self) -> None:
+        """Returns when every sequence has ended."""
+        await self._none_open.wait()
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -78,20 +84,20 @@ class DeltaStreams:
         stream = QueuedDeltas(self._cancel, engine_ids)
         for sequence_id, engine_id in engine_ids.items():
             self._streams[engine_id] = stream, sequence_id
+            self._none_open.clear()
         return stream, renamed
 
     def deliver(self, delta: SequenceDelta) -> None:
         """A delta of a sequence that was cancelled meanwhile is dropped."""
-        entry = self._streams.get(delta.sequence_id)
+        take = self._streams.get if delta.finish_reason is None else self._pop
+        entry = take(delta.sequence_id)
         if entry is not None:
-            if delta.finish_reason is not None:
-                del self._streams[delta.sequence_id]
             stream, sequence_id = entry
             stream.put(replace(delta, sequence_id=sequence_id))
 
     def refuse(self, engine_id: str, reason: str) -> None:
         """The engine did not take the sequence on."""
-        entry = self._streams.pop(engine_id, None)
+        entry = self._pop(engine_id)
         if entry is not None:
             entry[0].fail(Overloaded(reason))
 
@@ -99,9 +105,16 @@ class DeltaStreams:
         """The engine is lost: every open stream ends with ``failure``."""
         streams = {stream for stream, _ in self._streams.values()}
         self._streams.clear()
+        self._none_open.set()
         for stream in streams:
             stream.fail(failure)
 
     def _cancel(self, engine_id: str) -> None:
-        if self._streams.pop(engine_id, None) is not None:
+        if self._pop(engine_id) is not None:
             self._cancel_at_engine(engine_id)
+
+    def _pop(self, engine_id: str) -> tuple[QueuedDeltas, str] | None:
+        entry = self._streams.pop(engine_id, None)
+        if not self._streams:
+            self._none_open.set()
+        return entry

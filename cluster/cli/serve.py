@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import signal
-import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -16,6 +16,12 @@ from rich.markup import escape
 
 from moestro.cluster.cli.progress import LoadingProgress
 from moestro.cluster.config import Config, load_config
+from moestro.cluster.directory import GroupEntry
+
+if TYPE_CHECKING:
+    from moestro.cluster.serving.launch import Running
+
+WATCH_RETRY_S = 1.0
 
 
 def serve(
@@ -58,9 +64,33 @@ def _serve(config: Config, console: Console) -> None:
         with LoadingProgress(console) as progress, running_cluster(config, progress.show) as running:
             progress.stop()
             console.print(ready_line(config, running.addresses, running.dashboard), highlight=False, soft_wrap=True)
-            threading.Event().wait()
+            _tell_changes(running, console)
     except KeyboardInterrupt:
         console.print("stopped", highlight=False)
+
+
+def _tell_changes(running: Running, console: Console) -> NoReturn:
+    """One line for every group that is lost or comes back, for as long as the process lives."""
+    version, known = -1, running.groups
+    while True:
+        try:
+            snapshot = running.watch(version)
+        except Exception:  # the directory is being replaced
+            version = -1
+            time.sleep(WATCH_RETRY_S)
+            continue
+        for line in changes(known, snapshot.groups):
+            console.print(line, highlight=False, soft_wrap=True)
+        version, known = snapshot.version, snapshot.groups
+
+
+def changes(before: Sequence[GroupEntry], after: Sequence[GroupEntry]) -> list[str]:
+    """What an operator should hear: groups that no longer serve, and groups that do now."""
+    then = {group.name: group.epoch for group in before if group.is_serving}
+    now = {group.name: group.epoch for group in after if group.is_serving}
+    lost = [f"{name} is lost; Ray Serve starts it again" for name in sorted(then) if name not in now]
+    up = [f"{name} serves, epoch {epoch}" for name, epoch in sorted(now.items()) if then.get(name) != epoch]
+    return lost + up
 
 
 def _interrupt_once() -> None:

@@ -18,8 +18,6 @@ from moestro.protos.sequences import EngineLimits, EngineLoad, SequenceRequest
 
 log = logging.getLogger(__name__)
 
-LEAVE_POLL_S = 0.05
-
 
 class RankLink:
     """One attached stream. ``on_lost`` is called once, on the loop, when the rank cannot be reached any more."""
@@ -67,8 +65,7 @@ class RankLink:
     async def close_when_done(self) -> None:
         """Lets what runs come to its end, or the rank to its own, then closes."""
         try:
-            while self._reader is not None and not self._reader.done() and self.num_open:
-                await asyncio.sleep(LEAVE_POLL_S)
+            await self._streams.wait_none_open()
         finally:
             await self.close()
 

@@ -26,7 +26,6 @@ SECRET_KEY = "moestro-secret"
 MAX_MESSAGE_BYTES = 64 * 2**20  # a prompt of a million tokens is about 4 MB; logprobs of one about 250 B a token
 MAX_UNSENT_DELTAS = 2**18  # a gateway that lags so far behind is cut off, or its deltas would fill our memory
 
-DRAIN_POLL_S = 0.05
 
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -57,6 +56,8 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
         self._failure = ""
         self._owner: dict[str, _Outbox] = {}
         self._outboxes: set[_Outbox] = set()
+        self._none_open = asyncio.Event()
+        self._none_open.set()
 
     def publish(self, deltas: Iterable[SequenceDelta], refusals: Iterable[tuple[str, str]], load: EngineLoad) -> None:
         """Hands one step's results to the gateways that wait for them. Call on the loop."""
@@ -86,8 +87,7 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
         """Returns when no sequence is open here, or the time is up."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while self._owner and not self._failure:
-                    await asyncio.sleep(DRAIN_POLL_S)
+                await self._none_open.wait()
 
     def _put(self, outbox: _Outbox, delta: pb.Delta) -> None:
         outbox.deltas.append(delta)
@@ -97,6 +97,8 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
         outbox = self._owner.pop(sequence_id, None)
         if outbox is not None:
             outbox.sequences.discard(sequence_id)
+        if not self._owner:
+            self._none_open.set()
 
     async def Attach(
         self,
@@ -140,6 +142,7 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
             kind = request.WhichOneof("message")
             if kind == "submit":
                 self._owner[request.submit.sequence_id] = outbox
+                self._none_open.clear()
                 outbox.sequences.add(request.submit.sequence_id)
                 self._submit(request.SerializeToString())
             elif kind == "cancel" and self._owner.get(request.cancel) is outbox:

@@ -6,10 +6,9 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +19,10 @@ from ray.serve.schema import ApplicationStatus
 from moestro.cluster.config import Config
 from moestro.cluster.directory import GroupEntry, Snapshot
 from moestro.cluster.serving.app import APP_NAME, build_app
+from moestro.cluster.serving.ports import check_port
 from moestro.cluster.serving.reasons import reason_in
 from moestro.cluster.serving.specs import gpus_per_rank
-from moestro.protos.errors import ConfigError, MoestroError
+from moestro.protos.errors import MoestroError
 
 POLL_S = 0.1
 ASK_S = 2.0
@@ -37,39 +37,44 @@ class StartFailed(MoestroError):
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A cluster that serves: where its gateways listen (host:port), and the dashboard's address ("" if none)."""
+    """A cluster that serves: where its gateways listen (host:port), the dashboard's address ("" if none), and
+    ``watch(version)``, which answers when the directory has another version, or after about a second."""
 
     addresses: tuple[str, ...]
     dashboard: str
+    groups: tuple[GroupEntry, ...]
+    watch: Callable[[int], Snapshot]
 
 
 @contextmanager
 def running_cluster(config: Config, on_progress: Progress) -> Iterator[Running]:
     """A cluster that serves while the block runs and is gone afterwards.
 
-    ``on_progress`` is called while the model loads. Raises ConfigError or StartFailed with nothing left running.
+    Standard output is discarded meanwhile: Ray's driver prints there what its daemons report, with no way to turn it
+    off; all of it is in Ray's logs too. ``on_progress`` is called while the model loads. Raises ConfigError or
+    StartFailed with nothing left running.
     """
     if not config.cluster.ray_address:
         check_port(config.server.host, config.server.port)
     for name in ("ray", "ray.serve", "ray._private.authentication"):
         logging.getLogger(name).setLevel(logging.ERROR)  # their running commentary is in Ray's own log files
-    with _ray(config) as dashboard, _serve(), _app(config) as directory:
+    in_their_ray = bool(config.cluster.ray_address)
+    with (
+        open(os.devnull, "w") as nowhere,
+        redirect_stdout(nowhere),
+        _ray(config) as dashboard,
+        _serve(in_their_ray),
+        _app(config) as directory,
+    ):
         _wait_until_running(config, directory, on_progress)
-        snapshot: Snapshot = directory.watch.remote(-1).result(timeout_s=ASK_S)
-        yield Running(tuple(sorted({gateway.address for gateway in snapshot.gateways})), dashboard)
 
+        def watch(version: int) -> Snapshot:
+            snapshot: Snapshot = directory.watch.remote(version).result(timeout_s=ASK_S)
+            return snapshot
 
-def check_port(host: str, port: int) -> None:
-    """Raises ConfigError when the gRPC port cannot be bound: better known before half a minute of loading."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        raise ConfigError(
-            f"server.port: cannot listen on {host} port {port}: {error.strerror or error}; is another server there?"
-        ) from None
+        snapshot = watch(-1)
+        addresses = tuple(sorted({gateway.address for gateway in snapshot.gateways}))
+        yield Running(addresses, dashboard, snapshot.groups, watch)
 
 
 @contextmanager
@@ -81,7 +86,7 @@ def _ray(config: Config) -> Iterator[str]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     common: dict[str, Any] = {"namespace": APP_NAME, "log_to_driver": False, "logging_level": logging.ERROR}
     if cluster.ray_address:
-        options = {"address": cluster.ray_address}
+        options: dict[str, Any] = {"address": cluster.ray_address}
     else:
         num_ranks = cluster.groups * cluster.dp * cluster.tp
         options = {
@@ -126,15 +131,16 @@ def _signals_deferred() -> Iterator[None]:
 
 
 @contextmanager
-def _serve() -> Iterator[None]:
-    """Serve's controller; ours to end when it was not there before."""
+def _serve(in_their_ray: bool) -> Iterator[None]:
+    """Serve's controller. In a Ray cluster that outlives us it is ours to end when it ran nothing before; in our own
+    it ends with Ray."""
     found = bool(_applications())
     serve.start(http_options={"location": "NoServer"}, logging_config={"log_level": "WARNING"})
     try:
         yield
     finally:
-        with suppress(Exception):  # with a Ray of our own it ends anyway
-            if not found and not _applications():
+        with suppress(Exception):
+            if in_their_ray and not found and not _applications():
                 serve.shutdown()
 
 
@@ -148,7 +154,11 @@ def _app(config: Config) -> Iterator[Any]:
     """Deploys our application; yields the directory's handle."""
     if APP_NAME in _applications():
         raise StartFailed(f"cluster.ray_address: {config.cluster.ray_address} already runs a Moestro cluster")
-    gpus = gpus_per_rank(config, ray.cluster_resources().get("GPU", 0.0))
+    present = ray.cluster_resources().get("GPU", 0.0)
+    gpus = gpus_per_rank(config, present)
+    needed = gpus * config.cluster.groups * config.cluster.dp * config.cluster.tp
+    if needed > present and not config.cluster.ray_address:  # another's Ray may grow as it is asked to
+        raise StartFailed(f"rank.device: {needed:.0f} ranks need a GPU each, this machine has {present:.0f}")
     app = build_app(config, secrets.token_hex(32), gpus)
     try:
         target = serve.RunTarget(target=app, name=APP_NAME, route_prefix=None)

@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.model.oracle import make_model, save_model
+from tests.text.tokenizers_zoo import write
+from tokenizers import Tokenizer
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Qwen3-MoE with a byte-level tokenizer and a chat template."""
+    torch.set_num_threads(1)
+    folder = write(tmp_path_factory.mktemp("cluster") / "tiny", "byte_level")
+    vocab_size = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+    return save_model(make_model("qwen3_moe", seed=7, vocab_size=vocab_size, max_position_embeddings=4096), folder)
