@@ -34,7 +34,13 @@ CACHE = Path(".cache/demo")
 EXCERPT = HERE / "excerpt.txt"
 EXCERPT_SOURCE = "wsgiref/util.py"
 PROMPT_TOKENS = 64
-PROMPTS = ("def __init__(self, ", "import os\nimport ", "class Stack:\n    def push(self, item):\n        ")
+# The third ends by itself; the last one falls into a loop, as greedy decoding of a small model often does.
+PROMPTS = (
+    "import os\nimport",
+    "class Stack:\n    def __init__(self):\n        self",
+    "if __name__ ==",
+    "def __init__(self,",
+)
 
 
 def processor() -> str:
