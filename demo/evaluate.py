@@ -34,7 +34,13 @@ CACHE = Path(".cache/demo")
 EXCERPT = HERE / "excerpt.txt"
 EXCERPT_SOURCE = "wsgiref/util.py"
 PROMPT_TOKENS = 64
-PROMPTS = ("def __init__(self, ", "import os\nimport ", "class Stack:\n    def push(self, item):\n        ")
+# The third ends by itself; the last one falls into a loop, as greedy decoding of a small model often does.
+PROMPTS = (
+    "import os\nimport",
+    "class Stack:\n    def __init__(self):\n        self",
+    "if __name__ ==",
+    "def __init__(self,",
+)
 
 
 def processor() -> str:
@@ -135,6 +141,7 @@ def draft_section(target: Any, tokenizer: Tokenizer, held: Split, seed: int) -> 
     on_text = torch.from_numpy(part).view(-1, 512)
     torch.manual_seed(seed)
     prompts = torch.from_numpy(held.tokens_N[: 16 * 8192].astype(np.int64)).view(16, -1)[:, :PROMPT_TOKENS]
+    # No token has id -1, so no sample stops early and all rows keep one length.
     written = target.generate(
         prompts,
         attention_mask=torch.ones_like(prompts),

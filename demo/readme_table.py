@@ -1,4 +1,4 @@
-"""Print the README's results tables from `evaluation.json`, so that the page repeats the file and nothing else.
+"""Print the README's results tables from `evaluation.json`.
 
 python -m moestro.demo.readme_table
 """
@@ -22,20 +22,25 @@ def quality_table(result: dict[str, Any]) -> str:
 
 def draft_table(result: dict[str, Any]) -> str:
     """Agreement of the draft with its target."""
-    lines = ["| contexts from | positions | same greedy token | expected acceptance |", "| --- | ---: | ---: | ---: |"]
+    lines = [
+        "| contexts from | positions | same greedy token | expected acceptance |",
+        "| --- | ---: | ---: | ---: |",
+    ]
     for name, key in (
         ("held-out text", "agreement_on_held_out_text"),
         ("text sampled from the MoE", "agreement_on_text_sampled_from_the_target"),
     ):
         row = result["draft"][key]
-        lines.append(f"| {name} | {row['positions']:,} | {row['greedy_match']:.3f} | {row['acceptance']:.3f} |")
+        lines.append(
+            f"| {name} | {row['positions']:,} | {row['greedy_match']:.3f} | {row['acceptance']:.3f} |"
+        )
     return "\n".join(lines)
 
 
 def expert_table(result: dict[str, Any]) -> str:
     """Load and specialisation per layer."""
     lines = [
-        "| layer | load, least to most | bits | tokens shuffled | bits, one label per entry | entries shuffled |",
+        "| layer | load, least to most | bits | tokens shuffled | bits, label per entry | entries shuffled |",
         "| ---: | --- | ---: | ---: | ---: | ---: |",
     ]
     for index, layer in enumerate(result["experts"]["layers"]):

