@@ -31,9 +31,7 @@ def draft_table(result: dict[str, Any]) -> str:
         ("text sampled from the MoE", "agreement_on_text_sampled_from_the_target"),
     ):
         row = result["draft"][key]
-        lines.append(
-            f"| {name} | {row['positions']:,} | {row['greedy_match']:.3f} | {row['acceptance']:.3f} |"
-        )
+        lines.append(f"| {name} | {row['positions']:,} | {row['greedy_match']:.3f} | {row['acceptance']:.3f} |")
     return "\n".join(lines)
 
 

@@ -144,7 +144,7 @@ def _build_norm(
             return None
         case QKNorm.HEAD:
             q_1D, k_1D = (read(source, f"{prefix}{part}_norm.weight", dim).float().unsqueeze(0) for part in "qk")
-                # Not torch.cat: on the meta device, where a model is measured before it is loaded, that imports torch's
+            # Not torch.cat: on the meta device, where a model is measured before it is loaded, that imports torch's
             # compiler, which costs a rank a second and 150 MB.
             weight_HD = q_1D.new_empty(heads.num_heads + heads.num_kv_heads, dim)
             weight_HD[: heads.num_heads] = q_1D
