@@ -29,7 +29,7 @@ PARTS: Mapping[str, Part] = MappingProxyType(
     {
         "environment": Part("benchmarks.gpu_suite.environment", 60, "device and versions"),
         "roofs": Part("benchmarks.gpu_suite.roofs", 60, "copy bandwidth and bf16 matmul"),
-        "sampling": Part("benchmarks.gpu_suite.sampling", 60, "noise and tokens equal to the CPU's"),
+        "sampling": Part("benchmarks.gpu_suite.sampling", 90, "noise and tokens equal to the CPU's"),
         "collectives": Part("benchmarks.gpu_suite.collectives", 90, "one rank over NCCL"),
         "correctness": Part("benchmarks.gpu_suite.parity", 150, "every architecture against transformers"),
         "speed": Part("benchmarks.gpu_suite.speed", 400, "decode and prefill of a 30B-A3B model"),
