@@ -238,7 +238,11 @@ def save_model(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
     eos_id, end_of_turn = tokenizer.token_to_id(EOS), tokenizer.token_to_id(IM_END)
     model = model.to(torch.bfloat16)
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-        eos_token_id=[eos_id, end_of_turn], pad_token_id=eos_id
+        eos_token_id=[eos_id, end_of_turn],
+        pad_token_id=eos_id,
+        do_sample=True,  # a model of this size repeats itself when decoded greedily
+        temperature=0.6,
+        top_p=0.95,
     )
     model.save_pretrained(folder)
     config_file = folder / "config.json"
