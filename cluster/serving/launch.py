@@ -38,7 +38,7 @@ class StartFailed(MoestroError):
 @dataclass(frozen=True, slots=True)
 class Running:
     """A cluster that serves: where its gateways listen (host:port), the dashboard's address ("" if none), and
-    ``watch(version)``, which answers when the directory has another version, or after about a second."""
+    ``watch(version)``, which answers when the directory has another version, or after half a second."""
 
     addresses: tuple[str, ...]
     dashboard: str
