@@ -64,7 +64,7 @@ class Gateway:
     async def _status(self) -> pb.GetClusterStatusResponse:
         loads = self._backend.loads()
         return pb.GetClusterStatusResponse(
-            groups=[_group_message(group, loads) for group in self._groups], open_streams=self._core.num_open
+            groups=[group_message(group, loads) for group in self._groups], open_streams=self._core.num_open
         )
 
 
@@ -97,7 +97,7 @@ def edge_limits(config: Config) -> EdgeLimits:
     )
 
 
-def _group_message(group: GroupEntry, loads: dict[str, EngineLoad]) -> pb.Group:
+def group_message(group: GroupEntry, loads: dict[str, EngineLoad]) -> pb.Group:
     message = pb.Group(name=group.name, dp=group.dp, tp=group.tp, epoch=group.epoch)
     for number, rank in enumerate(group.ranks):
         # A tensor-parallel peer does what its leader does, so the leader's load is its load too.

@@ -36,8 +36,8 @@ def version() -> None:
 
 def main() -> None:
     """The entry point: errors raised on purpose become one line and exit code 1."""
-    # Before torch is imported, here and in the ranks that inherit it: compute threads that spin while they wait take
-    # the cores from other ranks (measured: 7 ms a decode step with it, 22 to 750 ms without, on two busy cores).
+    # Before torch is imported, here and in the ranks that inherit it: threads that spin while they wait take the
+    # cores from other ranks (measured: 7 ms a decode step with it, 22 to 750 ms without, on two busy cores).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         app()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Sequence
@@ -67,6 +68,7 @@ def _serve(config: Config, console: Console) -> None:
             _tell_changes(running, console)
     except KeyboardInterrupt:
         console.print("stopped", highlight=False)
+        os._exit(0)  # all is down; unloading Ray and torch would take another second or two
 
 
 def _tell_changes(running: Running, console: Console) -> NoReturn:

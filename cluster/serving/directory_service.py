@@ -11,7 +11,7 @@ from moestro.cluster.serving.logs import log_to_ray
 
 # A watch answers at least so often: a gateway notices a directory that was replaced, and Serve, which lets open calls
 # finish before it stops a replica, does not wait long.
-WATCH_S = 1.0
+WATCH_S = 0.5
 
 
 class DirectoryService:

@@ -54,7 +54,7 @@ class GroupService:
         try:
             while not starting.done():
                 await asyncio.wait([starting], timeout=PROGRESS_S)
-                with contextlib.suppress(ray.exceptions.RayError):  # what is wrong is said by start itself
+                with contextlib.suppress(Exception):  # what is wrong with a rank is said by start itself
                     await self._report()
             await starting
             await self._report()

@@ -19,7 +19,7 @@ from ray.serve.schema import ApplicationStatus
 from moestro.cluster.config import Config
 from moestro.cluster.directory import GroupEntry, Snapshot
 from moestro.cluster.serving.app import APP_NAME, build_app
-from moestro.cluster.serving.ports import check_port
+from moestro.cluster.serving.ports import check_port, check_ray
 from moestro.cluster.serving.reasons import reason_in
 from moestro.cluster.serving.specs import gpus_per_rank
 from moestro.protos.errors import MoestroError
@@ -38,7 +38,7 @@ class StartFailed(MoestroError):
 @dataclass(frozen=True, slots=True)
 class Running:
     """A cluster that serves: where its gateways listen (host:port), the dashboard's address ("" if none), and
-    ``watch(version)``, which answers when the directory has another version, or after about a second."""
+    ``watch(version)``, which answers when the directory has another version, or after half a second."""
 
     addresses: tuple[str, ...]
     dashboard: str
@@ -54,7 +54,9 @@ def running_cluster(config: Config, on_progress: Progress) -> Iterator[Running]:
     off; all of it is in Ray's logs too. ``on_progress`` is called while the model loads. Raises ConfigError or
     StartFailed with nothing left running.
     """
-    if not config.cluster.ray_address:
+    if config.cluster.ray_address:
+        check_ray(config.cluster.ray_address)
+    else:
         check_port(config.server.host, config.server.port)
     for name in ("ray", "ray.serve", "ray._private.authentication"):
         logging.getLogger(name).setLevel(logging.ERROR)  # their running commentary is in Ray's own log files

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -46,6 +47,8 @@ class Rank:
 
     def __init__(self, name: str, entry: RankEntry) -> None:
         log_to_ray()
+        # As in cli/main, for a Ray that others started; torch has not been imported yet.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         self._name = name
         self._entry = entry
         self._failure: str | None = None

@@ -151,15 +151,6 @@ def test_a_shape_that_does_not_fit_says_so(their_ray: TheirRay, checkpoint: Path
     assert "Traceback" not in answer.stderr
 
 
-def test_a_ray_that_is_not_there(checkpoint: Path) -> None:
-    with short_home() as home:
-        address = f"127.0.0.1:{free_port()}"
-        answer = run(home, "serve", checkpoint, "--ray-address", address)
-        assert (answer.returncode, answer.stdout) == (1, "")
-        assert answer.stderr.startswith(f"error: cluster.ray_address: {address}: ")
-        assert answer.stderr.count("\n") == 1, answer.stderr
-
-
 def _titled(theirs: TheirRay, *titles: str) -> list[str]:
     lines = [" ".join(process.cmdline()) for process in _ray_processes(theirs.home)]
     return [line for line in lines if line.startswith(titles)]

@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 import grpc
 import pytest
 
+from moestro.cluster.directory import GroupEntry, RankEntry, RankState
+from moestro.cluster.ranks.backend import ClusterBackend
 from moestro.cluster.ranks.link import RankLink
 from moestro.cluster.ranks.server import CHANNEL_OPTIONS, RankServer
 from moestro.protos import wire
@@ -148,6 +150,68 @@ def test_a_lost_rank_fails_its_streams_and_says_so_once() -> None:
             with pytest.raises(Unavailable, match="a rank was lost"):
                 await stream.next()
             assert lost == [link]
+
+    asyncio.run(scenario())
+
+
+def test_a_dead_engine_tells_every_gateway_now_and_later() -> None:
+    async def scenario() -> None:
+        lost: list[RankLink] = []
+        async with serving() as (rank, address, _), attached(address, lost) as link:
+            stream = link.start([request("one")])
+            await until(lambda: bool(rank.requests))
+            rank.server.fail("its engine died")
+            with pytest.raises(Unavailable, match="a rank was lost: its engine died"):
+                await stream.next()
+            assert lost == [link]
+            async with attached(address, lost) as late:
+                with pytest.raises(Unavailable, match="its engine died"):
+                    await late.start([request("two")]).next()
+
+    asyncio.run(scenario())
+
+
+def test_drained_waits_for_what_runs_and_not_for_ever() -> None:
+    async def scenario() -> None:
+        async with serving() as (rank, address, _), attached(address) as link:
+            await rank.server.drained(5.0)
+            link.start([request("one")])
+            await until(lambda: bool(rank.requests))
+            await rank.server.drained(0.05)
+            draining = asyncio.create_task(rank.server.drained(5.0))
+            await asyncio.sleep(0.05)
+            assert not draining.done()
+            rank.answer(SequenceDelta(rank.requests[0].sequence_id, finish_reason=FinishReason.LENGTH))
+            await asyncio.wait_for(draining, 1.0)
+
+    asyncio.run(scenario())
+
+
+def test_the_load_is_known_from_the_start() -> None:
+    async def scenario() -> None:
+        async with serving() as (rank, address, _):
+            rank.server.publish((), (), EngineLoad(kv_blocks_total=77))
+            async with attached(address) as link:
+                await until(lambda: link.load.kv_blocks_total == 77)
+
+    asyncio.run(scenario())
+
+
+def test_a_group_that_leaves_gets_no_more_requests_but_ends_those_it_has() -> None:
+    async def scenario() -> None:
+        async with serving() as (rank, address, _):
+            backend = ClusterBackend("gw", "s3cret")
+            here = GroupEntry("g", 1, 1, 2, (RankEntry(0, 0, RankState.SERVING, address),))
+            backend.update([here])
+            await backend.wait_attached()
+            stream = backend.start([request("one")])
+            await until(lambda: bool(rank.requests))
+            backend.update([])
+            with pytest.raises(Unavailable, match="no rank is serving now"):
+                backend.start([request("two")])
+            rank.answer(SequenceDelta(rank.requests[0].sequence_id, (7,), finish_reason=FinishReason.LENGTH))
+            assert [delta.token_ids for delta in await stream.next()] == [(7,)]
+            await backend.close()
 
     asyncio.run(scenario())
 

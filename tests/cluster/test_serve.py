@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import threading
 import urllib.error
 import urllib.request
@@ -24,6 +23,7 @@ from tests.model.oracle import reference_greedy
 
 from moestro.cluster.client import Client
 from moestro.cluster.client_results import RankStatus
+from moestro.cluster.serving.ports import check_port
 from moestro.protos.errors import ContextOverflow, Unavailable, UnknownModel
 
 PROMPT = [5, 17, 200, 33, 71, 9]
@@ -245,9 +245,8 @@ def test_sigterm_lets_a_stream_finish_and_leaves_nothing(server: Server) -> None
     # Of the rank that was killed before, and of this stop; nothing of Ray's own.
     assert server.lines[5:] == ["group-0 is lost; Ray Serve starts it again", "group-0 serves, epoch 2", "stopped"]
     assert server.output == []
-    with socket.socket() as probe:
-        host, _, port = server.address.rpartition(":")
-        probe.bind((host, int(port)))
+    host, _, port = server.address.rpartition(":")
+    check_port(host, int(port))
 
 
 def _watch_health(address: str, seen: list[int]) -> None:

@@ -80,6 +80,12 @@ def test_nothing_listens(tmp_path: Path) -> None:
     refused(tmp_path, address.rpartition(":")[2], "status", "--address", address)
 
 
+def test_a_ray_that_is_not_there(checkpoint: Path, tmp_path: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    reason = f"cluster.ray_address: no Ray cluster at {address}: Connection refused"
+    refused(tmp_path, reason, "serve", checkpoint, "--ray-address", address)
+
+
 def refused(home: Path, reason: str, *arguments: object) -> None:
     began = time.monotonic()
     answer = run(home, *arguments)

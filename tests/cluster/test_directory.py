@@ -1,0 +1,102 @@
+"""The directory: who is there, at which epoch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from moestro.cluster.directory import EXPIRY_S, Directory, GatewayEntry, GroupEntry, RankState
+
+
+def serving(group: GroupEntry, state: RankState = RankState.SERVING) -> GroupEntry:
+    return replace(group, ranks=tuple(replace(rank, state=state) for rank in group.ranks))
+
+
+def test_a_group_begins_starting_and_serves_when_all_ranks_do() -> None:
+    directory = Directory()
+    group = directory.begin(dp=2, tp=2, now_s=0.0)
+    assert (group.name, group.epoch, group.is_serving) == ("group-0", 1, False)
+    assert [(rank.dp_rank, rank.tp_rank) for rank in group.ranks] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    half = replace(group, ranks=(*serving(group).ranks[:3], group.ranks[3]))
+    assert directory.put(half, 1.0)
+    assert not directory.snapshot().groups[0].is_serving
+    assert directory.put(serving(group), 2.0)
+    assert directory.snapshot().groups[0].is_serving
+    assert not GroupEntry("empty", 1, 1).is_serving
+
+
+def test_names_are_the_lowest_that_are_free_or_lost() -> None:
+    directory = Directory()
+    first, second = directory.begin(1, 1, 0.0), directory.begin(1, 1, 0.0)
+    assert (first.name, second.name) == ("group-0", "group-1")
+    directory.put(serving(first, RankState.LOST), 1.0)
+    again = directory.begin(1, 1, 2.0)
+    assert (again.name, again.epoch) == ("group-0", 2)
+    assert directory.begin(1, 1, 2.0).name == "group-2"
+    directory.remove("group-1", second.epoch)
+    last = directory.begin(1, 1, 2.0)
+    assert (last.name, last.epoch) == ("group-1", 2)
+
+
+def test_the_past_is_refused() -> None:
+    directory = Directory()
+    old = directory.begin(1, 1, 0.0)
+    directory.put(serving(old, RankState.LOST), 1.0)
+    new = serving(directory.begin(1, 1, 2.0))
+    directory.put(new, 3.0)
+    version = directory.version
+    assert not directory.put(serving(old), 4.0)
+    directory.remove(old.name, old.epoch)
+    assert directory.version == version
+    assert directory.snapshot().groups == (new,)
+
+
+def test_epochs_only_grow_even_over_a_removal() -> None:
+    directory = Directory()
+    epochs = []
+    for _ in range(5):
+        group = directory.begin(1, 1, 0.0)
+        epochs.append(group.epoch)
+        directory.remove(group.name, group.epoch)
+    assert epochs == [1, 2, 3, 4, 5]
+    assert not directory.put(GroupEntry("group-0", 1, 1, epoch=4), 0.0)
+
+
+def test_a_new_directory_learns_from_reports() -> None:
+    group = GroupEntry("group-3", 1, 1, epoch=9)
+    directory = Directory()
+    assert directory.put(group, 0.0)
+    assert not directory.put(replace(group, epoch=8), 0.0)
+    assert directory.snapshot().groups == (group,)
+
+
+def test_versions_change_when_something_does() -> None:
+    directory = Directory()
+    group = directory.begin(1, 1, 0.0)
+    version = directory.version
+    assert directory.put(group, 1.0)
+    assert directory.version == version
+    directory.put(serving(group), 2.0)
+    assert directory.version > version
+    version = directory.version
+    directory.put_gateway(GatewayEntry("g", "localhost:1"), 2.0)
+    assert directory.version > version
+    version = directory.version
+    directory.put_gateway(GatewayEntry("g", "localhost:1"), 3.0)
+    directory.remove_gateway("unknown")
+    directory.remove("unknown", 1)
+    assert directory.version == version
+
+
+@pytest.mark.parametrize(("silent_s", "gone"), [(EXPIRY_S, False), (EXPIRY_S + 0.1, True)])
+def test_who_is_silent_for_too_long_is_gone(silent_s: float, gone: bool) -> None:
+    directory = Directory()
+    directory.put(serving(directory.begin(1, 1, 0.0)), 1.0)
+    directory.put_gateway(GatewayEntry("g", "localhost:1"), 1.0)
+    directory.expire(1.0 + silent_s)
+    snapshot = directory.snapshot()
+    assert snapshot.groups[0].is_lost is gone
+    assert (snapshot.gateways == ()) is gone
+    directory.put(serving(snapshot.groups[0]), 30.0)  # it was slow, not dead
+    assert directory.snapshot().groups[0].is_serving
