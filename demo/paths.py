@@ -4,5 +4,5 @@ from pathlib import Path
 
 _HERE = Path(__file__).resolve().parent
 
-MODEL_DIR = _HERE / "model"
-DRAFT_DIR = _HERE / "draft"
+MODEL_DIR = _HERE / "moestro-demo"
+DRAFT_DIR = _HERE / "moestro-demo-draft"

@@ -1,7 +1,7 @@
 """Train the demo's Qwen3-MoE on the standard library's own source.
 
     python -m moestro.demo.train fit --minutes 63     # about an hour on one CPU core; uses CUDA if present
-    python -m moestro.demo.train export demo/model    # last checkpoint -> Hugging Face layout, bfloat16
+    python -m moestro.demo.train export demo/moestro-demo    # last checkpoint -> Hugging Face layout, bfloat16
 
 Legend: B sequences, T positions.
 """

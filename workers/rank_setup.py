@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from moestro.protos.errors import ConfigError
-from moestro.protos.sequences import EngineLimits
+from moestro.protos.sequences import EngineLimits, EngineLoad
 from moestro.router.all_to_all import all_to_all
 from moestro.router.mesh import DeviceKind, Mesh, StoreAddress, join
 from moestro.router.parallel import GroupShape
@@ -65,6 +65,7 @@ class BuiltRank:
 
     loop: RankLoop
     limits: EngineLimits
+    load: EngineLoad  # before anything runs
     device: str
     mesh: Mesh | None  # None for a rank alone
 
@@ -112,7 +113,7 @@ def build_rank(spec: RankSpec, place: GroupPlace | None = None, on_progress: OnP
         )
         lockstep = make_lockstep(mesh, place.store)
     engine = build_engine(spec, model, device)
-    return BuiltRank(RankLoop(engine, lockstep, time.monotonic), engine.limits, str(device), mesh)
+    return BuiltRank(RankLoop(engine, lockstep, time.monotonic), engine.limits, engine.load(), str(device), mesh)
 
 
 def device_kind(wanted: str) -> DeviceKind:

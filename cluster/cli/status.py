@@ -30,7 +30,7 @@ def status(
             table.add_column(name, justify="left" if name in ("rank", "state", "device") else "right")
         for rank in group.ranks:
             table.add_row(
-                rank.name,
+                rank.name.removeprefix(f"{group.name} "),
                 rank.state,
                 rank.device,
                 str(rank.num_running),

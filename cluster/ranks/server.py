@@ -47,9 +47,12 @@ class _Outbox:
 class RankServer(rank_pb2_grpc.RankServiceServicer):
     """``submit`` takes one serialized AttachRequest for the engine; it must be thread safe and not block."""
 
-    def __init__(self, submit: Callable[[bytes], None], limits: EngineLimits, secret: str, epoch: int = 0) -> None:
+    def __init__(
+        self, submit: Callable[[bytes], None], limits: EngineLimits, load: EngineLoad, secret: str, epoch: int = 0
+    ) -> None:
         self._submit = submit
         self._limits = limits
+        self._load = load
         self._secret = secret
         self._epoch = epoch
         self._load: EngineLoad | None = None  # as last published, for gateways that come later
@@ -72,6 +75,7 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
             if (outbox := self._owner.get(sequence_id)) is not None:
                 self._put(outbox, pb.Delta(sequence_id=sequence_id, error=reason, refused=True))
                 self._forget(sequence_id)
+        self._load = load
         self._load = load
         for outbox in self._outboxes:
             outbox.load = load

@@ -33,7 +33,7 @@ class Rank:
     """Keeps what it was sent; the test decides what it answers."""
 
     def __init__(self) -> None:
-        self.server = RankServer(self.take, LIMITS, secret="s3cret", epoch=2)
+        self.server = RankServer(self.take, LIMITS, EngineLoad(kv_blocks_total=9), secret="s3cret", epoch=2)
         self.requests: list[SequenceRequest] = []
         self.cancelled: list[str] = []
 
@@ -85,6 +85,7 @@ def test_deltas_reach_the_stream_that_asked() -> None:
     async def scenario() -> None:
         async with serving() as (rank, address, _), attached(address) as link:
             assert link.limits == LIMITS
+            await until(lambda: link.load.kv_blocks_total == 9)  # known before the first step
             one, two = link.start([request("one")]), link.start([request("two/0"), request("two/1")])
             await until(lambda: len(rank.requests) == 3)
             ids = [r.sequence_id for r in rank.requests]
