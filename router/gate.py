@@ -21,7 +21,8 @@ def softmax_topk(logits_TE: Tensor, k: int, renormalize: bool) -> tuple[Tensor, 
     # The bits of a non-negative float sort like the float; with the id below them no two keys are equal.
     ids_E = torch.arange(probs_TE.shape[-1], device=probs_TE.device)
     keys_TE = (probs_TE.view(torch.int32).to(torch.int64) << _ID_BITS) - ids_E
-    ids_TK = keys_TE.topk(k, -1).indices
+    # An idle rank asks for no rows, for which not every device's selection promises a result.
+    ids_TK = keys_TE.topk(k, -1).indices if keys_TE.shape[0] else keys_TE.new_empty(0, k)
     weights_TK = probs_TE.gather(-1, ids_TK)
     if renormalize:
         weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)

@@ -110,6 +110,15 @@ def test_a_step_never_waits_and_stays_on_the_device(fake, name, step):
     assert logits.shape == (sum(start + length == known for start, length, known in STEPS[step]), 101)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_an_idle_step_never_waits(fake, name):
+    decoder = decoder_on_fake_cuda(name)
+    fake.built()
+    batch, _ = build_batch(plan_of(1, []), 8, DEVICE)
+    logits = decoder.forward(batch, decoder.cache_spec.allocate(64, 8))
+    assert (logits.device, logits.shape) == (DEVICE, (0, 101))
+
+
 def decoder_on_fake_cuda(name: str) -> Decoder:
     config = CONFIGS[name]
     source = Need(torch.bfloat16, DEVICE)  # hands out nothing: there are no values here

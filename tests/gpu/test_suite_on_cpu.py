@@ -218,7 +218,7 @@ import sys
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("ray", "pydantic", "pydantic_core", "grpc"):
+        if name.partition(".")[0] in ("ray", "pydantic", "pydantic_core", "grpc", "google"):
             raise ModuleNotFoundError(f"{name} is blocked", name=name)
 
 sys.meta_path.insert(0, Blocker())
@@ -232,7 +232,7 @@ print("imported", len(PARTS))
 """
 
 
-def test_nothing_imports_ray_or_pydantic_or_grpc():
+def test_nothing_imports_ray_or_pydantic_or_grpc_or_protobuf():
     done = subprocess.run(
         [sys.executable, "-c", BLOCKED],
         cwd=ROOT,
