@@ -55,7 +55,6 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
         self._load = load
         self._secret = secret
         self._epoch = epoch
-        self._load: EngineLoad | None = None  # as last published, for gateways that come later
         self._failure = ""
         self._owner: dict[str, _Outbox] = {}
         self._outboxes: set[_Outbox] = set()
@@ -75,7 +74,6 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
             if (outbox := self._owner.get(sequence_id)) is not None:
                 self._put(outbox, pb.Delta(sequence_id=sequence_id, error=reason, refused=True))
                 self._forget(sequence_id)
-        self._load = load
         self._load = load
         for outbox in self._outboxes:
             outbox.load = load

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from benchmarks.small_models import make_model, random_ids, save_model
 from tests.distributed.processes import run_processes
-from tests.model.oracle import make_model, random_ids, reference_greedy, save_model
+from tests.model.oracle import reference_greedy
 
 SHAPES = [[1, 1], [2, 1], [1, 2], [2, 2], [4, 1]]
 NUM_TOKENS = 32

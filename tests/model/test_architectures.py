@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from tests.model.oracle import MODELS, make_model
+from benchmarks.small_models import MODELS, make_model
 
 from moestro.workers.architectures import ARCHITECTURES, parse_config
 from moestro.workers.model.weights import tensor_shapes
