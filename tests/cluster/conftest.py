@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.model.oracle import make_model, save_model
+from benchmarks.small_models import make_model, save_model
 from tests.text.tokenizers_zoo import write
 from tokenizers import Tokenizer
 
