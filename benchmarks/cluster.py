@@ -10,7 +10,6 @@ in turn, on one thread each; resident memory of the rank against its weights and
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import statistics
@@ -124,7 +123,7 @@ def serving() -> Iterator[tuple[Client, float]]:
         log = open(Path(folder) / "log", "w+")  # noqa: SIM115 - closed below, after the server
         start = time.perf_counter()
         command = [sys.executable, "-m", "moestro.cluster.cli.main", "serve", "--config", str(config)]
-        server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_WAIT_POLICY": "passive"})
+        server = subprocess.Popen(command, stdout=log, stderr=log)
         try:
             with Client(f"localhost:{port}", timeout_s=30.0, retries=0) as client:
                 while True:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 import typer
@@ -36,9 +35,6 @@ def version() -> None:
 
 def main() -> None:
     """The entry point: errors raised on purpose become one line and exit code 1."""
-    # Before torch is imported, here and in the ranks that inherit it: threads that spin while they wait take the
-    # cores from other ranks (measured: 7 ms a decode step with it, 22 to 750 ms without, on two busy cores).
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         app()
     except (MoestroError, TimeoutError) as error:

@@ -47,7 +47,7 @@ class Rank:
 
     def __init__(self, name: str, entry: RankEntry) -> None:
         log_to_ray()
-        # As in cli/main, for a Ray that others started; torch has not been imported yet.
+        # Other ranks, gateways and Ray share the cores (figures in kernels/README.md). torch is not imported yet.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         self._name = name
         self._entry = entry
