@@ -118,7 +118,7 @@ def main(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens per stream.")] = 500,
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds; one more runs first to warm up.")] = 7,
     model: Annotated[Path | None, typer.Option(help="Checkpoint folder whose tokenizer is used.")] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("benchmarks/results/gateway.json"),
 ) -> None:
     """Measures, prints and writes."""
     context = multiprocessing.get_context("spawn")

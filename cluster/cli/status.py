@@ -26,19 +26,21 @@ def status(
     console = Console()
     for group in cluster.groups:
         table = Table(title=f"{group.name}  dp {group.dp} x tp {group.tp}  epoch {group.epoch}", title_justify="left")
-        for name in ("rank", "state", "device", "running", "waiting", "KV blocks", "steps", "step", "memory"):
-            table.add_column(name, justify="left" if name in ("rank", "state", "device") else "right")
+        for name in ("rank", "state", "device"):
+            table.add_column(name, no_wrap=True)
+        for name in ("run", "wait", "KV blocks", "steps", "step ms", "MiB"):
+            table.add_column(name, justify="right", no_wrap=True)
         for rank in group.ranks:
             table.add_row(
-                rank.name.removeprefix(f"{group.name} "),
+                rank.name.removeprefix(f"{group.name} rank "),
                 rank.state,
                 rank.device,
                 str(rank.num_running),
                 str(rank.num_waiting),
                 f"{rank.kv_blocks_used}/{rank.kv_blocks_total}",
                 str(rank.num_steps),
-                f"{rank.step_s * 1e3:.1f} ms",
-                f"{rank.resident_bytes / 2**20:.0f} MiB",
+                f"{rank.step_s * 1e3:.1f}",
+                f"{rank.resident_bytes / 2**20:.0f}",
             )
         console.print(table)
     console.print(f"{cluster.open_streams} open streams at this gateway", highlight=False)
