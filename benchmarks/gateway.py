@@ -170,9 +170,8 @@ def main(
     }
     median = report["tokens_per_s"]["median"]
     print(f"{clients} clients on one server core: median {median:,.0f} tokens/s over {rounds} rounds")
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=2) + "\n")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":
