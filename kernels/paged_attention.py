@@ -50,6 +50,7 @@ class AttentionPlan:
 
     write_block_T: Tensor
     write_offset_T: Tensor
+    fresh_blocks_F: Tensor | None  # blocks this step begins to write; None when there are none
     decodes: tuple[_Decodes, ...]
     spans: tuple[_Span, ...]
 
@@ -88,7 +89,24 @@ def plan_attention(
         )
         for s in range(num_decodes, len(context_len_S))
     )
-    return AttentionPlan(write_block_T, slot_T - write_block_T * block_size, decodes, spans)
+    fresh_F = _fresh_blocks(query_start_S1, context_len_S, block_table_SB, block_size)
+    return AttentionPlan(write_block_T, slot_T - write_block_T * block_size, fresh_F, decodes, spans)
+
+
+def _fresh_blocks(
+    query_start_S1: Sequence[int], context_len_S: Sequence[int], block_table_SB: Tensor, block_size: int
+) -> Tensor | None:
+    """The blocks whose first slot is written in this step."""
+    rows, entries = [], []
+    for s, length in enumerate(context_len_S):
+        start = length - (query_start_S1[s + 1] - query_start_S1[s])
+        for entry in range(-(-start // block_size), (length - 1) // block_size + 1):
+            rows.append(s)
+            entries.append(entry)
+    if not rows:
+        return None
+    index_2F = _upload([*rows, *entries], block_table_SB.device).view(2, -1)
+    return block_table_SB[index_2F[0], index_2F[1]].long()
 
 
 def _buckets(context_len_S: Sequence[int], block_size: int, window: int | None) -> list[list[int]]:
@@ -185,7 +203,13 @@ def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def write_kv_(kv_NCbD: Tensor, kv_TCD: Tensor, plan: AttentionPlan) -> None:
-    """Stores this step's keys and values (heads of keys, then heads of values) in their slots."""
+    """Stores this step's keys and values (heads of keys, then heads of values) in their slots.
+
+    A block is emptied before its first slot is written: masked slots weigh nothing, but nothing times what another
+    sequence may have left there, a NaN, is still a NaN.
+    """
+    if plan.fresh_blocks_F is not None:
+        kv_NCbD.index_fill_(0, plan.fresh_blocks_F, 0)
     kv_NCbD.transpose(1, 2).index_put_((plan.write_block_T, plan.write_offset_T), kv_TCD)
 
 
