@@ -37,7 +37,7 @@ class RankStatus:
     name: str
     dp_rank: int
     tp_rank: int
-    state: str  # "serving", "lost" or "unspecified"
+    state: str  # "starting", "serving" or "lost"
     num_running: int
     num_waiting: int
     kv_blocks_used: int

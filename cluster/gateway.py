@@ -20,7 +20,7 @@ from moestro.protos.gen import inference_pb2 as pb
 from moestro.protos.sequences import EngineLoad
 
 _STATES = {
-    RankState.STARTING: pb.RANK_STATE_UNSPECIFIED,
+    RankState.STARTING: pb.RANK_STATE_STARTING,
     RankState.SERVING: pb.RANK_STATE_SERVING,
     RankState.LOST: pb.RANK_STATE_LOST,
 }

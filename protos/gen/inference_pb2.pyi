@@ -20,6 +20,7 @@ class RankState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     RANK_STATE_UNSPECIFIED: _ClassVar[RankState]
     RANK_STATE_SERVING: _ClassVar[RankState]
     RANK_STATE_LOST: _ClassVar[RankState]
+    RANK_STATE_STARTING: _ClassVar[RankState]
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_EOS: FinishReason
 FINISH_REASON_STOP_TOKEN: FinishReason
@@ -28,6 +29,7 @@ FINISH_REASON_LENGTH: FinishReason
 RANK_STATE_UNSPECIFIED: RankState
 RANK_STATE_SERVING: RankState
 RANK_STATE_LOST: RankState
+RANK_STATE_STARTING: RankState
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)

@@ -128,6 +128,12 @@ def test_a_group_as_the_status_call_tells_it() -> None:
     assert (first.step_seconds, first.resident_bytes, first.state) == (0.5, 1, pb.RANK_STATE_SERVING)
 
 
+@pytest.mark.parametrize("state", RankState)
+def test_every_state_has_a_name_of_its_own(state: RankState) -> None:
+    message = group_message(GroupEntry("group-0", 1, 1, 1, (RankEntry(0, 0, state),)), {})
+    assert pb.RankState.Name(message.ranks[0].state) == f"RANK_STATE_{state.name}"
+
+
 def test_addresses_a_client_can_call() -> None:
     assert advertised("127.0.0.1", 5, "here") == "127.0.0.1:5"
     assert advertised("0.0.0.0", 5, "here") == "here:5"
