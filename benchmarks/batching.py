@@ -78,7 +78,7 @@ def requests(seed: int) -> list[SequenceRequest]:
 
 def engine(model: Decoder, cache: KVCache, config: SchedulerConfig) -> Engine:
     limits = EngineLimits(VOCABULARY, config.context_limit, config.max_waiting)
-    return Engine(Scheduler(config), Runner(model, cache, BLOCK_SIZE, torch.device("cpu")), limits)
+    return Engine(Scheduler(config), Runner(model, cache, torch.device("cpu")), limits)
 
 
 def compare_admission(name: str, rounds: int, seed: int, folder: Path) -> dict[str, dict[str, float]]:

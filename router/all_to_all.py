@@ -20,8 +20,6 @@ from moestro.router.mesh import Collectives, Mesh
 from moestro.router.placement import Placement
 from moestro.router.transport import Dispatched, weighted_sum
 
-SLOT_BYTES = 4  # int32 on the wire
-
 
 @dataclass(frozen=True, slots=True)
 class AllToAllHandle:

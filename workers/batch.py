@@ -36,7 +36,3 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return self.query_start_S1[-1]
-
-    @property
-    def num_sequences(self) -> int:
-        return len(self.context_len_S)

@@ -131,7 +131,7 @@ def build_engine(spec: RankSpec, model: Decoder, device: torch.device) -> Engine
     cache = model.cache_spec.allocate([group.num_blocks for group in config.groups], spec.block_size)
     scheduler = Scheduler(config)
     limits = EngineLimits(model.config.vocab_size, scheduler.context_limit, spec.max_waiting)
-    return Engine(scheduler, Runner(model, cache, spec.block_size, device), limits)
+    return Engine(scheduler, Runner(model, cache, device), limits)
 
 
 def scheduler_config(spec: RankSpec, cache: CacheSpec, model_context: int) -> SchedulerConfig:

@@ -41,12 +41,11 @@ class Runner:
 
     model: Model
     cache: KVCache
-    block_size: int
     device: torch.device
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
-        batch, rows = build_batch(plan, self.block_size, self.device)
+        batch, rows = build_batch(plan, self.cache.block_size, self.device)
         logits_RV = self.model.forward(batch, self.cache)
         return StepResult(_draw(logits_RV, rows), _prompt_logprobs(logits_RV, rows))
 

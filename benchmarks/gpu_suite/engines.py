@@ -44,7 +44,7 @@ def make_engine(
     )
     scheduler = Scheduler(config)
     limits = EngineLimits(decoder.config.vocab_size, scheduler.context_limit, config.max_waiting)
-    runner = Runner(model or decoder, spec.allocate(num_blocks, block_size), block_size, spec.device)
+    runner = Runner(model or decoder, spec.allocate(num_blocks, block_size), spec.device)
     return Engine(scheduler, runner, limits)
 
 

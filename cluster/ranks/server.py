@@ -38,7 +38,6 @@ class _Outbox:
     """What one attached gateway has not been sent yet, and the sequences it owns here."""
 
     deltas: list[pb.Delta] = field(default_factory=list)
-    load: EngineLoad | None = None
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     sequences: set[str] = field(default_factory=set)
     overflown: bool = False
@@ -76,7 +75,6 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
                 self._forget(sequence_id)
         self._load = load
         for outbox in self._outboxes:
-            outbox.load = load
             outbox.ready.set()
 
     def fail(self, reason: str) -> None:
@@ -116,7 +114,7 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
             return
         if first.hello.epoch < self._epoch:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"epoch {first.hello.epoch} is over")
-        outbox = _Outbox(load=self._load)
+        outbox = _Outbox()
         outbox.ready.set()  # the load and the failure, if any, are news to this gateway
         self._outboxes.add(outbox)
         reader = asyncio.create_task(self._read(request_iterator, outbox))
@@ -130,9 +128,7 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
                 if outbox.overflown:
                     await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the gateway reads too slowly")
                 deltas, outbox.deltas = outbox.deltas, []
-                load = wire.encode_load(outbox.load) if outbox.load is not None else None
-                if deltas or load is not None:
-                    yield pb.AttachResponse(step=pb.Step(deltas=deltas, load=load))
+                yield pb.AttachResponse(step=pb.Step(deltas=deltas, load=wire.encode_load(self._load)))
         finally:
             reader.cancel()
             self._outboxes.discard(outbox)
