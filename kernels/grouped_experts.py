@@ -1,13 +1,14 @@
 """SwiGLU experts over rows that are sorted by expert.
 
-Legend: R rows, D model width, I expert width, L experts held here; ``counts_L[e]`` rows belong to expert e, in order.
+Legend: R rows, D model width, I expert width, L slots for experts; ``counts_L[i]`` rows belong to the expert in slot i,
+in order. Rows beyond the sum of the counts are padding, whose results nobody reads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,13 +16,24 @@ from torch.nn.functional import silu
 
 from moestro.kernels.linear import Linear, can_pack, empty_weight, make_linear
 
-Fill = Callable[[int, Tensor, Tensor], None]
+Fill = Callable[[Tensor, Tensor], None]
+"""Writes one expert's weights into the gate_up_2ID and down_DI it is given."""
 
 
 class GroupedExperts(Protocol):
-    """y_RD[r] = down(silu(gate(x)) * up(x)) with the weights of row r's expert."""
+    """y_RD[r] = down(silu(gate(x)) * up(x)) with the weights of row r's expert.
+
+    An expert is put in a slot in two steps: ``stage`` may take its time, on any thread, beside ``apply``; ``replace_``
+    is quick and belongs between two calls of ``apply``.
+    """
 
     def apply(self, x_RD: Tensor, counts_L: Tensor) -> Tensor: ...
+
+    def stage(self, fill: Fill) -> Any:
+        """An expert's weights on this device, as ``replace_`` takes them."""
+
+    def replace_(self, slot: int, staged: Any) -> None:
+        """Puts a staged expert into a slot; what was there is gone."""
 
 
 def swiglu(gate_up_R2I: Tensor) -> Tensor:
@@ -31,28 +43,64 @@ def swiglu(gate_up_R2I: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Expert:
+    """One expert's two products."""
+
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertShape:
+    """What the weights of every expert look like."""
+
+    width: int
+    model_width: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def empty(self) -> tuple[Tensor, Tensor]:
+        """Unfilled gate_up_2ID and down_DI."""
+        return (
+            empty_weight(2 * self.width, self.model_width, self.dtype, self.device),
+            empty_weight(self.model_width, self.width, self.dtype, self.device),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class LoopedExperts:
     """One product per expert that has rows. Reads ``counts_L`` on the host: for CPU, and for CUDA where
     ``can_stack`` says no."""
 
-    gate_up_L: tuple[Linear, ...]
-    down_L: tuple[Linear, ...]
+    shape: ExpertShape
+    expert_L: list[Expert | None]  # None: an empty slot, which has no rows
 
     def apply(self, x_RD: Tensor, counts_L: Tensor) -> Tensor:
-        if x_RD.shape[0] == 0:
-            return x_RD
         counts = counts_L.tolist()
-        used = [e for e, count in enumerate(counts) if count]
-        pieces = torch.split_with_sizes(x_RD, [counts[e] for e in used])
-        hidden_R2I = torch.cat([self.gate_up_L[e].apply(x) for e, x in zip(used, pieces, strict=True)])
-        pieces = torch.split_with_sizes(swiglu(hidden_R2I), [counts[e] for e in used])
-        return torch.cat([self.down_L[e].apply(x) for e, x in zip(used, pieces, strict=True)])
+        used = [(expert, count) for expert, count in zip(self.expert_L, counts, strict=True) if expert and count]
+        if not used:
+            return x_RD
+        sizes = [count for _, count in used]
+        pieces = torch.split_with_sizes(x_RD[: sum(sizes)], sizes)
+        hidden_R2I = torch.cat([expert.gate_up.apply(x) for (expert, _), x in zip(used, pieces, strict=True)])
+        pieces = torch.split_with_sizes(swiglu(hidden_R2I), sizes)
+        y_RD = torch.cat([expert.down.apply(x) for (expert, _), x in zip(used, pieces, strict=True)])
+        return y_RD if y_RD.shape[0] == x_RD.shape[0] else torch.cat((y_RD, x_RD[y_RD.shape[0] :]))
+
+    def stage(self, fill: Fill) -> Expert:
+        gate_up_2ID, down_DI = self.shape.empty()
+        fill(gate_up_2ID, down_DI)
+        return Expert(make_linear(gate_up_2ID), make_linear(down_DI))
+
+    def replace_(self, slot: int, staged: Expert) -> None:
+        self.expert_L[slot] = staged
 
 
 @dataclass(frozen=True, slots=True)
 class StackedExperts:
     """All experts in one grouped product (``torch._grouped_mm``): bf16 on CUDA, no synchronisation with the host."""
 
+    shape: ExpertShape
     gate_up_L2ID: Tensor
     down_LDI: Tensor
 
@@ -63,6 +111,15 @@ class StackedExperts:
         hidden_R2I = torch._grouped_mm(x_RD, self.gate_up_L2ID.transpose(1, 2), offs=ends_L)
         return torch._grouped_mm(swiglu(hidden_R2I), self.down_LDI.transpose(1, 2), offs=ends_L)
 
+    def stage(self, fill: Fill) -> tuple[Tensor, Tensor]:
+        staged = self.shape.empty()
+        fill(*staged)
+        return staged
+
+    def replace_(self, slot: int, staged: tuple[Tensor, Tensor]) -> None:
+        self.gate_up_L2ID[slot].copy_(staged[0])
+        self.down_LDI[slot].copy_(staged[1])
+
 
 def can_stack(width: int, model_width: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether one grouped product can serve experts of this shape: bf16 on CUDA, every row a multiple of 16 bytes
@@ -70,31 +127,27 @@ def can_stack(width: int, model_width: int, dtype: torch.dtype, device: torch.de
     return device.type == "cuda" and dtype == torch.bfloat16 and width % 8 == 0 and model_width % 8 == 0
 
 
-def make_experts(
-    num: int, width: int, model_width: int, dtype: torch.dtype, device: torch.device, fill: Fill
-) -> GroupedExperts:
-    """Builds ``num`` experts; ``fill(e, gate_up_2ID, down_DI)`` writes expert e's weights into the tensors it is given.
+def make_experts(shape: ExpertShape, fills: list[Fill | None]) -> GroupedExperts:
+    """One slot per entry of ``fills``; None leaves it empty.
 
     Where weights are repacked, they pass through the same two tensors one expert after the other.
     """
-    if can_pack(device, dtype):
-        gate_ups, downs = [], []
-        gate_up_2ID = empty_weight(2 * width, model_width, dtype, device)
-        down_DI = empty_weight(model_width, width, dtype, device)
-        for e in range(num):
-            fill(e, gate_up_2ID, down_DI)
-            gate_ups.append(make_linear(gate_up_2ID))
-            downs.append(make_linear(down_DI))
-        return LoopedExperts(tuple(gate_ups), tuple(downs))
-    gate_up_L2ID = torch.empty(num, 2 * width, model_width, dtype=dtype, device=device)
-    down_LDI = torch.empty(num, model_width, width, dtype=dtype, device=device)
-    for e in range(num):
-        fill(e, gate_up_L2ID[e], down_LDI[e])
-    if can_stack(width, model_width, dtype, device):
-        return StackedExperts(gate_up_L2ID, down_LDI)
-    return LoopedExperts(
-        tuple(make_linear(w) for w in gate_up_L2ID.unbind()), tuple(make_linear(w) for w in down_LDI.unbind())
-    )
+    if can_stack(shape.width, shape.model_width, shape.dtype, shape.device):
+        num = len(fills)
+        gate_up_L2ID = torch.zeros(num, 2 * shape.width, shape.model_width, dtype=shape.dtype, device=shape.device)
+        down_LDI = torch.zeros(num, shape.model_width, shape.width, dtype=shape.dtype, device=shape.device)
+        for slot, fill in enumerate(fills):
+            if fill is not None:
+                fill(gate_up_L2ID[slot], down_LDI[slot])
+        return StackedExperts(shape, gate_up_L2ID, down_LDI)
+    passing = shape.empty() if can_pack(shape.device, shape.dtype) else None
+
+    def make(fill: Fill) -> Expert:
+        gate_up_2ID, down_DI = passing or shape.empty()
+        fill(gate_up_2ID, down_DI)
+        return Expert(make_linear(gate_up_2ID), make_linear(down_DI))
+
+    return LoopedExperts(shape, [None if fill is None else make(fill) for fill in fills])
 
 
 def experts_reference(x_RD: Tensor, counts_L: Tensor, gate_up_L2ID: Tensor, down_LDI: Tensor) -> Tensor:

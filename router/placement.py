@@ -1,21 +1,24 @@
 """Which rank holds which expert.
 
 A *logical expert* is one of the checkpoint's; a *physical slot* is a place on a rank that holds one copy of a logical
-expert. Slots are numbered over the whole group, rank after rank. Every expert has one slot today; one with several is
-a replicated one, and a Placement already says so. (Logical experts and physical slots are EPLB's words.)
+expert, or nothing. Every rank has the same number of slots, its *capacity*, and slots are numbered over the whole group
+rank after rank: slot i of rank r is number ``r * capacity + i``. An expert in several slots is a replicated one.
+(Logical experts and physical slots are EPLB's words.)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+EMPTY = -1
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """``slots[rank][i]`` is the logical expert in slot i of that rank.
+    """``slots[rank][i]`` is the logical expert in slot i of that rank, or EMPTY.
 
-    Ranks may hold unequal numbers of experts, or none. Raises ValueError if an expert has no slot, an id is out of
-    range, or a rank holds two copies of one expert (the second could never be of use).
+    Raises ValueError if an expert has no slot, an id is out of range, ranks differ in capacity, or a rank holds two
+    copies of one expert (the second could never be of use).
     """
 
     num_experts: int
@@ -23,11 +26,14 @@ class Placement:
 
     def __post_init__(self) -> None:
         for rank, experts in enumerate(self.slots):
-            for expert in experts:
+            held = [expert for expert in experts if expert != EMPTY]
+            for expert in held:
                 if not 0 <= expert < self.num_experts:
                     raise ValueError(f"slots[{rank}]: expert must be in [0, {self.num_experts}), got {expert}")
-            if len(set(experts)) != len(experts):
+            if len(set(held)) != len(held):
                 raise ValueError(f"slots[{rank}]: an expert is placed twice on one rank: {experts}")
+            if len(experts) != self.capacity:
+                raise ValueError(f"slots[{rank}]: every rank has {self.capacity} slots, this one {len(experts)}")
         homeless = set(range(self.num_experts)) - {expert for experts in self.slots for expert in experts}
         if homeless:
             raise ValueError(f"slots: no rank holds experts {sorted(homeless)}")
@@ -37,32 +43,36 @@ class Placement:
         return len(self.slots)
 
     @property
-    def num_slots(self) -> int:
-        return sum(len(experts) for experts in self.slots)
+    def capacity(self) -> int:
+        """Slots of a rank."""
+        return len(self.slots[0])
 
     @property
-    def rank_of_slot(self) -> tuple[int, ...]:
-        """By slot number: the rank it lies on."""
-        return tuple(rank for rank, experts in enumerate(self.slots) for _ in experts)
+    def num_slots(self) -> int:
+        return self.num_ranks * self.capacity
 
     @property
     def slots_of_expert(self) -> tuple[tuple[int, ...], ...]:
         """By logical expert: the numbers of its slots, ascending, at least one."""
         found: list[list[int]] = [[] for _ in range(self.num_experts)]
         for slot, expert in enumerate(expert for experts in self.slots for expert in experts):
-            found[expert].append(slot)
+            if expert != EMPTY:
+                found[expert].append(slot)
         return tuple(tuple(slots) for slots in found)
 
-    def first_slot(self, rank: int) -> int:
-        """The number of ``rank``'s first slot; its slots are ``first_slot(rank)`` up to ``first_slot(rank + 1)``."""
-        return sum(len(experts) for experts in self.slots[:rank])
 
-
-def spread(num_experts: int, num_ranks: int) -> Placement:
-    """One copy of every expert, neighbours together, as evenly as whole experts allow."""
+def spread(num_experts: int, num_ranks: int, capacity: int | None = None) -> Placement:
+    """One copy of every expert, neighbours together, as evenly as whole experts allow; what is left of ``capacity`` (by
+    default the least that holds them) stays empty."""
     if num_experts < 1:
         raise ValueError(f"num_experts must be at least 1, got {num_experts}")
     if num_ranks < 1:
         raise ValueError(f"num_ranks must be at least 1, got {num_ranks}")
+    least = -(-num_experts // num_ranks)
+    if capacity is not None and capacity < least:
+        raise ValueError(
+            f"capacity must be at least {least} to hold {num_experts} experts on {num_ranks} ranks, got {capacity}"
+        )
     bounds = [num_experts * rank // num_ranks for rank in range(num_ranks + 1)]
-    return Placement(num_experts, tuple(tuple(range(bounds[r], bounds[r + 1])) for r in range(num_ranks)))
+    held = [tuple(range(bounds[r], bounds[r + 1])) for r in range(num_ranks)]
+    return Placement(num_experts, tuple(experts + (EMPTY,) * ((capacity or least) - len(experts)) for experts in held))

@@ -1,16 +1,17 @@
 """Moving expert rows between ranks: dispatch gives a receipt, combine consumes it.
 
-Legend: T tokens on this rank, D model width, K experts per token, R rows this rank's experts receive, L experts held by
-this rank. One row is one (token, expert) pair.
+Legend: T tokens on this rank, D model width, K experts per token, N ranks, R rows this rank's experts receive, L slots
+of this rank. One row is one (token, expert) pair.
 
 The interface is DeepEP's idea (a dispatch returns the handle its combine needs) with plain values: no ambient context.
-Combine returns the rows *unreduced* to the rank that dispatched them and sums them there in top-k order in fp32, so
-that placement and the number of ranks cannot change a bit of the result.
+It knows slots and not experts, so a change of placement is none of its business. Combine returns the rows *unreduced*
+to the rank that dispatched them and sums them there in top-k order in fp32, so that placement and the number of ranks
+cannot change a bit of the result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -20,29 +21,36 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Dispatched:
-    """Rows for this rank's experts, sorted by local expert: ``counts_L[e]`` rows for expert e, in order."""
+    """Rows for this rank's slots, sorted by slot: ``counts_L[i]`` rows for slot i, in order. Rows beyond their sum are
+    padding of a transport whose sizes are fixed: computed or not, nobody reads them."""
 
     x_RD: Tensor
-    counts_L: Tensor  # int64, on the device of x_RD; sums to R
+    counts_L: Tensor  # int64, on the device of x_RD
 
+
+Result = TypeVar("Result")
+Arrival = Callable[[], Result]
+"""Something under way: calling it, once, waits for it and returns it. What is done in between is overlapped."""
 
 Handle = TypeVar("Handle")
 
 
 class Transport(Protocol[Handle]):
-    """One expert-parallel backend."""
+    """One expert-parallel backend.
 
-    @property
-    def local_experts(self) -> tuple[int, ...]:
-        """The logical experts this rank holds, in the order of ``counts_L``."""
+    Both calls are collective: every rank of the group makes them once a layer, with zero tokens too, in the same order,
+    and awaits their arrivals in that order.
+    """
 
-    def dispatch(self, x_TD: Tensor, topk_ids_TK: Tensor) -> tuple[Dispatched, Handle]:
-        """Sends every token to its K experts (logical ids, distinct within a token). Collective: every rank of the
-        group calls it once a layer, with zero tokens too."""
+    def dispatch(
+        self, x_TD: Tensor, slots_TK: Tensor, num_tokens_N: tuple[int, ...]
+    ) -> Arrival[tuple[Dispatched, Handle]]:
+        """Sends every token to its K slots (numbers over the whole group; a token may name each rank several times,
+        each slot once). ``num_tokens_N`` is what every rank dispatches in this call, the same on all of them."""
 
-    def combine(self, y_RD: Tensor, weights_TK: Tensor, handle: Handle) -> Tensor:
-        """Brings the rows of ``dispatch`` back home: y_TD, the weighted sum in top-k order, summed in fp32, in the
-        dtype of ``y_RD``. Collective."""
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, handle: Handle) -> Arrival[Tensor]:
+        """Brings the rows of a dispatch back home: y_TD, the weighted sum in top-k order, summed in fp32, in the dtype
+        of ``y_RD``."""
 
 
 _WEIGHED_AT_ONCE = {"cpu": 1 << 16}
@@ -72,25 +80,25 @@ class LocalHandle:
 
 @dataclass(frozen=True, slots=True)
 class LocalTransport:
-    """Every expert on this rank: a sort there, a gather back."""
+    """Every slot on this rank: a sort there, a gather back."""
 
-    num_experts: int
+    num_slots: int
 
-    @property
-    def local_experts(self) -> tuple[int, ...]:
-        return tuple(range(self.num_experts))
-
-    def dispatch(self, x_TD: Tensor, topk_ids_TK: Tensor) -> tuple[Dispatched, LocalHandle]:
-        num_tokens, k = topk_ids_TK.shape
-        ids_R = topk_ids_TK.reshape(-1)
-        order_R = torch.argsort(ids_R, stable=True)
+    def dispatch(
+        self, x_TD: Tensor, slots_TK: Tensor, num_tokens_N: tuple[int, ...]
+    ) -> Arrival[tuple[Dispatched, LocalHandle]]:
+        num_tokens, k = slots_TK.shape
+        slots_R = slots_TK.reshape(-1)
+        order_R = torch.argsort(slots_R, stable=True)
         # Not bincount, which on an accelerator waits to learn how long its result is.
-        counts_L = torch.zeros(self.num_experts, dtype=torch.int64, device=ids_R.device)
-        counts_L.scatter_add_(0, ids_R, torch.ones_like(ids_R))
+        counts_L = torch.zeros(self.num_slots, dtype=torch.int64, device=slots_R.device)
+        counts_L.scatter_add_(0, slots_R, torch.ones_like(slots_R))
         position_R = torch.empty_like(order_R)
         position_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
         x_RD = x_TD[order_R // k]
-        return Dispatched(x_RD, counts_L), LocalHandle(position_R.view(num_tokens, k))
+        arrived = Dispatched(x_RD, counts_L), LocalHandle(position_R.view(num_tokens, k))
+        return lambda: arrived
 
-    def combine(self, y_RD: Tensor, weights_TK: Tensor, handle: LocalHandle) -> Tensor:
-        return weighted_sum(y_RD[handle.position_TK], weights_TK)
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, handle: LocalHandle) -> Arrival[Tensor]:
+        y_TD = weighted_sum(y_RD[handle.position_TK], weights_TK)
+        return lambda: y_TD

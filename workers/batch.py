@@ -32,6 +32,7 @@ class Batch:
     num_decodes: int  # the first num_decodes spans have exactly one token
     tables_G: tuple[CacheTables, ...]
     logit_rows_R: Tensor  # int64 indices into T
+    num_tokens_N: tuple[int, ...]  # tokens of this step on every rank of the group
 
     @property
     def num_tokens(self) -> int:

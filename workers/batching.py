@@ -1,6 +1,6 @@
 """A plan becomes tensors.
 
-Legend: T tokens of the step, S sequences, B block-table columns, R rows whose logits are wanted.
+Legend: T tokens of the step, N ranks of the group, S sequences, B block-table columns, R rows whose logits are wanted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def prompt_rows(span: Span) -> int:
     return max(0, min(span.start + span.length, span.sequence.num_prompt - 1) - span.start)
 
 
-def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> tuple[Batch, LogitRows]:
+def build_batch(
+    plan: StepPlan, num_tokens_N: tuple[int, ...], block_size: int, device: torch.device
+) -> tuple[Batch, LogitRows]:
     """Lays the spans of a plan out one after another. A plan without spans gives a batch of zero tokens."""
     spans = plan.spans
     num_groups = len(spans[0].sequence.block_tables) if spans else 0
@@ -62,6 +64,7 @@ def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> tuple[
         num_decodes=plan.num_decodes,
         tables_G=tuple(tables),
         logit_rows_R=_to(np.concatenate(row_parts), device),
+        num_tokens_N=num_tokens_N,
     )
     return batch, LogitRows(tuple(spans[i] for i in samples), tuple((spans[i], count) for i, count in prompts))
 

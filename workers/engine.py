@@ -36,10 +36,10 @@ class Engine:
     def plan(self, now: float) -> StepPlan:
         return self.scheduler.plan(now)
 
-    def run(self, plan: StepPlan, clock: Clock) -> list[SequenceDelta]:
+    def run(self, plan: StepPlan, num_tokens_N: tuple[int, ...], clock: Clock) -> list[SequenceDelta]:
         """Computes a plan and applies what was drawn. Collective in a group: every rank runs its plan, an empty one
-        too. The clock is read when the result is there."""
-        result = self.runner.run(plan)
+        too, and knows how many tokens each has planned. The clock is read when the result is there."""
+        result = self.runner.run(plan, num_tokens_N)
         return self.scheduler.apply(plan, result.sampled, clock(), result.prompt_logprobs)
 
     def skip(self, plan: StepPlan, now: float) -> list[SequenceDelta]:
@@ -48,7 +48,8 @@ class Engine:
 
     def step(self, clock: Clock) -> list[SequenceDelta]:
         """Plan and run, for an engine alone."""
-        return self.run(self.plan(clock()), clock)
+        plan = self.plan(clock())
+        return self.run(plan, (plan.num_tokens,), clock)
 
     @property
     def has_work(self) -> bool:

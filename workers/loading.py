@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from moestro.protos.errors import CheckpointError
+from moestro.router.expert_parallel import ExpertParallel, all_here
 from moestro.router.parallel import NoTensorParallel, TensorParallel
-from moestro.router.transport import LocalTransport, Transport
 from moestro.workers.checkpoint import Checkpoint, open_checkpoint
 from moestro.workers.model.decoder import Decoder, build_decoder
 from moestro.workers.model_config import ModelConfig
@@ -49,12 +49,12 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     tp: TensorParallel | None = None,
-    transport: Transport[Any] | None = None,
+    experts: ExpertParallel | None = None,
     on_progress: OnProgress | None = None,
 ) -> Decoder:
     """This rank's share of a checkpoint.
 
-    ``dtype`` None means the checkpoint's own. Without ``tp`` and ``transport`` the rank holds the whole model. Raises
+    ``dtype`` None means the checkpoint's own. Without ``tp`` and ``experts`` the rank holds the whole model. Raises
     CheckpointError for a checkpoint that cannot be served and ConfigError when ``tp`` does not fit the model; both
     before any weight is read, but for files that change under our hands.
     """
@@ -62,11 +62,11 @@ def load_model(
         checkpoint = open_checkpoint(checkpoint)
     config = checkpoint.config
     tp = NoTensorParallel() if tp is None else tp
-    transport = LocalTransport(config.num_experts) if transport is None else transport
-    need = measure(config, dtype or config.dtype, tp, transport)
+    experts = all_here(config.num_experts, config.num_moe_layers) if experts is None else experts
+    need = measure(config, dtype or config.dtype, tp, experts)
     with ExitStack() as stack:
         source = CheckpointSource(checkpoint, dtype or config.dtype, torch.device(device), stack, need, on_progress)
-        return build_decoder(config, source, tp, transport)
+        return build_decoder(config, source, tp, experts)
 
 
 def random_model(
@@ -75,15 +75,15 @@ def random_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     tp: TensorParallel | None = None,
-    transport: Transport[Any] | None = None,
+    experts: ExpertParallel | None = None,
     seed: int = 0,
     std: float = 0.02,
 ) -> Decoder:
     """A model of random weights, drawn on the device: normal with ``std``, norms 1, biases 0. For measurements: what a
     rank draws depends on how the model is split."""
     source = RandomSource(dtype or config.dtype, torch.device(device), seed, std)
-    transport = LocalTransport(config.num_experts) if transport is None else transport
-    return build_decoder(config, source, NoTensorParallel() if tp is None else tp, transport)
+    experts = all_here(config.num_experts, config.num_moe_layers) if experts is None else experts
+    return build_decoder(config, source, NoTensorParallel() if tp is None else tp, experts)
 
 
 @dataclass(slots=True)
@@ -100,10 +100,10 @@ class Need:
         self.num_bytes += out.nbytes
 
 
-def measure(config: ModelConfig, dtype: torch.dtype, tp: TensorParallel, transport: Transport[Any]) -> Need:
+def measure(config: ModelConfig, dtype: torch.dtype, tp: TensorParallel, experts: ExpertParallel) -> Need:
     """Tensors and bytes that one rank keeps. Raises ConfigError when ``tp`` does not fit the model."""
     need = Need(dtype)
-    build_decoder(config, need, tp, transport)
+    build_decoder(config, need, tp, experts)
     return need
 
 

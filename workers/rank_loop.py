@@ -15,7 +15,8 @@ from moestro.protos import wire
 from moestro.protos.gen import rank_pb2 as pb
 from moestro.protos.sequences import EngineLoad, SequenceDelta
 from moestro.workers.engine import Clock, Engine
-from moestro.workers.lockstep import Lockstep
+from moestro.workers.lockstep import Lockstep, StepAgreement
+from moestro.workers.scheduler_sequence import StepPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +77,16 @@ class RankLoop:
             agreement = lockstep.agree(plan.num_tokens)
             if agreement.stop:
                 return
-            deltas = engine.skip(plan, now) if agreement.idle else engine.run(plan, self._clock)
+            deltas = self._run(plan, agreement, now)
             if deltas or refusals:
                 publish(StepOutput(deltas, refusals, engine.load()))
             if agreement.idle:
                 lockstep.sleep()
+
+    def _run(self, plan: StepPlan, agreement: StepAgreement, now: float) -> list[SequenceDelta]:
+        if agreement.idle:
+            return self._engine.skip(plan, now)
+        return self._engine.run(plan, agreement.tokens_per_rank, self._clock)
 
     def _take_in(self, messages: list[bytes], now: float) -> list[tuple[str, str]]:
         refusals = []

@@ -1,6 +1,6 @@
 """A plan becomes a forward pass and samples.
 
-Legend: R rows of logits, V vocabulary.
+Legend: N ranks of the group, R rows of logits, V vocabulary.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ class Runner:
     device: torch.device
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> StepResult:
-        batch, rows = build_batch(plan, self.cache.block_size, self.device)
+    def run(self, plan: StepPlan, num_tokens_N: tuple[int, ...]) -> StepResult:
+        """Computes a plan. ``num_tokens_N`` is what every rank of the group has planned for this step."""
+        batch, rows = build_batch(plan, num_tokens_N, self.cache.block_size, self.device)
         logits_RV = self.model.forward(batch, self.cache)
         return StepResult(_draw(logits_RV, rows), _prompt_logprobs(logits_RV, rows))
 

@@ -18,17 +18,17 @@ from benchmarks.gpu_suite.checks import Check, Settings, Unmet, Values, attempt
 from benchmarks.gpu_suite.engines import follow, make_engine
 from benchmarks.small_models import make_model, random_ids, save_model
 
-from moestro.kernels.grouped_experts import GroupedExperts, make_experts
-from moestro.router.all_to_all import all_to_all
+from moestro.kernels.grouped_experts import ExpertShape, GroupedExperts, make_experts
+from moestro.router.all_to_all import AllToAllTransport
 from moestro.router.mesh import Mesh, MeshTensorParallel, join, serve_store
 from moestro.router.parallel import GroupShape
-from moestro.router.placement import spread
 from moestro.router.transport import LocalTransport, Transport
 from moestro.workers.batch import Batch
 from moestro.workers.batching import build_batch
 from moestro.workers.device import configure_torch
 from moestro.workers.loading import load_model
 from moestro.workers.lockstep import GroupLockstep
+from moestro.workers.rank_setup import group_experts
 from moestro.workers.scheduler_sequence import StepPlan
 
 TIMEOUT_S = 45.0
@@ -71,13 +71,13 @@ def check_transport(mesh: Mesh, dtype: torch.dtype, seed: int) -> Values:
     """An expert layer over the group equals the local one bit for bit."""
     device, generator = mesh.device, torch.Generator().manual_seed(seed)
 
-    def fill(index: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+    def fill(gate_up: torch.Tensor, down: torch.Tensor) -> None:
         for out in (gate_up, down):
             out.copy_(0.1 * torch.randn(out.shape, generator=generator))
 
-    experts = make_experts(NUM_EXPERTS, WIDTH, MODEL_WIDTH, dtype, device, fill)
+    experts = make_experts(ExpertShape(WIDTH, MODEL_WIDTH, dtype, device), [fill] * NUM_EXPERTS)
     local = LocalTransport(NUM_EXPERTS)
-    transport = all_to_all(mesh, spread(NUM_EXPERTS, 1))
+    transport = AllToAllTransport(mesh.world, NUM_EXPERTS)
     compared = 0
     for num_tokens in (0, 1, 7, 200):
         x_TD = torch.randn(num_tokens, MODEL_WIDTH, generator=generator).to(device, dtype)
@@ -99,8 +99,8 @@ def _layer(
     ids_TK: torch.Tensor,
     weights_TK: torch.Tensor,
 ) -> torch.Tensor:
-    dispatched, handle = transport.dispatch(x_TD, ids_TK)
-    return transport.combine(experts.apply(dispatched.x_RD, dispatched.counts_L), weights_TK, handle)
+    dispatched, handle = transport.dispatch(x_TD, ids_TK, (x_TD.shape[0],))()
+    return transport.combine(experts.apply(dispatched.x_RD, dispatched.counts_L), weights_TK, handle)()
 
 
 def check_tensor_parallel(mesh: Mesh) -> Values:
@@ -143,7 +143,7 @@ def check_engine(mesh: Mesh, dtype: torch.dtype, settings: Settings) -> Values:
             dtype=dtype,
             device=mesh.device,
             tp=mesh.tp,
-            transport=all_to_all(mesh, spread(alone.config.num_experts, 1)),
+            experts=group_experts(mesh, alone.config),
         )
     prompts = [random_ids(length, seed=80 + length) for length in (1, 9, 40)]
     runs = []
@@ -166,7 +166,7 @@ def check_engine(mesh: Mesh, dtype: torch.dtype, settings: Settings) -> Values:
 
 
 def _idle_batch(device: torch.device) -> Batch:
-    return build_batch(StepPlan(spans=(), num_decodes=0, num_tokens=0, planned_at=0.0), 8, device)[0]
+    return build_batch(StepPlan(spans=(), num_decodes=0, num_tokens=0, planned_at=0.0), (0,), 8, device)[0]
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -26,6 +26,7 @@ from moestro.workers.device import configure_torch
 from moestro.workers.engine import Engine
 from moestro.workers.loading import random_model
 from moestro.workers.model.decoder import Decoder
+from moestro.workers.model.moe import MoeMlp
 
 QWEN3_30B_A3B: dict[str, object] = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -126,7 +127,7 @@ def run(settings: Settings) -> Iterator[Check]:
             max_context=plan.max_context,
         )
         held.append((measured, Bench(plan, decoder, engine, settings.seed)))
-        experts = {type(layer.mlp.experts).__name__ for layer in decoder.layers if hasattr(layer.mlp, "experts")}
+        experts = {type(layer.mlp.bank.experts).__name__ for layer in decoder.layers if isinstance(layer.mlp, MoeMlp)}
         return {
             "headline": f"made in {made_s:.1f} s",
             "made_s": made_s,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moestro.router.transport import Dispatched, LocalHandle, LocalTransport
+from moestro.router.transport import Arrival, Dispatched, LocalHandle, LocalTransport
 from moestro.workers.batch import Batch
 from moestro.workers.engine import Engine
 from moestro.workers.kv_cache import KVCache
@@ -57,7 +57,7 @@ def timed_step(engine: Engine, clock: ForwardClock) -> dict[str, float]:
     start = time.perf_counter()
     plan = engine.plan(start)
     planned = time.perf_counter()
-    result = engine.runner.run(plan)
+    result = engine.runner.run(plan, (plan.num_tokens,))
     computed = time.perf_counter()
     engine.scheduler.apply(plan, result.sampled, computed, result.prompt_logprobs)
     end = time.perf_counter()
@@ -80,16 +80,14 @@ class CountingTransport:
     local: LocalTransport
     distinct: list[Tensor] = field(default_factory=list)
 
-    @property
-    def local_experts(self) -> tuple[int, ...]:
-        return self.local.local_experts
-
-    def dispatch(self, x_TD: Tensor, topk_ids_TK: Tensor) -> tuple[Dispatched, LocalHandle]:
-        dispatched, handle = self.local.dispatch(x_TD, topk_ids_TK)
+    def dispatch(
+        self, x_TD: Tensor, slots_TK: Tensor, num_tokens_N: tuple[int, ...]
+    ) -> Arrival[tuple[Dispatched, LocalHandle]]:
+        dispatched, handle = self.local.dispatch(x_TD, slots_TK, num_tokens_N)()
         self.distinct.append((dispatched.counts_L > 0).sum())
-        return dispatched, handle
+        return lambda: (dispatched, handle)
 
-    def combine(self, y_RD: Tensor, weights_TK: Tensor, handle: LocalHandle) -> Tensor:
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, handle: LocalHandle) -> Arrival[Tensor]:
         return self.local.combine(y_RD, weights_TK, handle)
 
 

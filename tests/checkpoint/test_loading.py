@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -15,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from tests.model.oracle import Driver, reference_logits
 from torch import Tensor
 
+from moestro.router.expert_parallel import ExpertParallel
+from moestro.router.placement import EMPTY, Placement
 from moestro.router.transport import LocalTransport
 from moestro.workers.checkpoint import open_checkpoint
 from moestro.workers.loading import Progress, load_model, random_model
@@ -69,24 +70,25 @@ def test_what_old_releases_saved_beside_the_weights_is_ignored(tmp_path):
     torch.testing.assert_close(logits_of(load_model(tmp_path)), reference_logits(model, ids), rtol=0, atol=2e-4)
 
 
-@dataclass(frozen=True)
-class Half:
-    """Some of the experts; never asked to move a row."""
-
-    local_experts: tuple[int, ...]
+def num_experts_in(folder):
+    return open_checkpoint(folder).config.num_experts
 
 
 def test_a_rank_reads_its_own_experts_and_nothing_else_of_them(folder):
     seen: list[Progress] = []
-    local = (5, 2)
-    decoder = load_model(folder, transport=Half(local), on_progress=seen.append)
+    local, others = (5, 2), tuple(e for e in range(num_experts_in(folder)) if e not in (5, 2))
+    placement = Placement(len(local + others), (local + (EMPTY,) * (len(others) - 2), others))
+    num_layers = open_checkpoint(folder).config.num_moe_layers
+    experts = ExpertParallel(LocalTransport(0), (placement,) * num_layers, rank=0)
+    decoder = load_model(folder, experts=experts, on_progress=seen.append)
     tensors = load_file(folder / "model.safetensors")
     experts = {key: t for key, t in tensors.items() if ".experts." in key}
     mine = {key: t for key, t in experts.items() if int(key.split(".")[5]) in local}
     for index, layer in enumerate(decoder.layers):
-        assert len(layer.mlp.experts.gate_up_L) == 2
-        for e, linear in zip(local, layer.mlp.experts.down_L, strict=True):
-            assert torch.equal(linear.weight_OI, tensors[f"model.layers.{index}.mlp.experts.{e}.down_proj.weight"])
+        held = layer.mlp.bank.experts.expert_L
+        assert held[2:] == [None] * (len(held) - 2)
+        for e, expert in zip(local, held, strict=False):
+            assert torch.equal(expert.down.weight_OI, tensors[f"model.layers.{index}.mlp.experts.{e}.down_proj.weight"])
     kept = sum(t.nbytes for key, t in tensors.items() if key not in experts) + sum(t.nbytes for t in mine.values())
     assert seen[-1] == Progress(seen[-1].tensors_total, seen[-1].tensors_total, kept, kept)
     assert [p.tensors_done for p in seen] == list(range(1, len(tensors) - len(experts) + len(mine) + 1))
@@ -111,8 +113,8 @@ import torch
 torch.set_num_threads(1)
 from moestro.workers.checkpoint import open_checkpoint
 from moestro.workers.loading import load_model, measure
+from moestro.router.expert_parallel import all_here
 from moestro.router.parallel import NoTensorParallel
-from moestro.router.transport import LocalTransport
 from moestro.kernels.linear import make_linear
 make_linear(torch.zeros(64, 64, dtype=torch.bfloat16)).apply(torch.zeros(1, 64, dtype=torch.bfloat16))
 
@@ -121,7 +123,8 @@ def peak():
 
 checkpoint = open_checkpoint(sys.argv[1])
 dtype = getattr(torch, sys.argv[2])
-keep = measure(checkpoint.config, dtype, NoTensorParallel(), LocalTransport(checkpoint.config.num_experts)).num_bytes
+experts = all_here(checkpoint.config.num_experts, checkpoint.config.num_moe_layers)
+keep = measure(checkpoint.config, dtype, NoTensorParallel(), experts).num_bytes
 before = peak()
 decoder = load_model(checkpoint, dtype=dtype)
 print(json.dumps({"keep": keep, "peak": peak() - before}))

@@ -10,10 +10,11 @@ import pytest
 import torch
 from tests.router.cases import CASES, expert_layer, expert_weights, make_tokens, reference
 
-from moestro.router.all_to_all import AllToAllTransport, all_to_all
+from moestro.router.all_to_all import AllToAllTransport
+from moestro.router.assign import assign, lay_out
 from moestro.router.mesh import Mesh, MeshTensorParallel, StoreAddress, join
 from moestro.router.parallel import GroupShape
-from moestro.router.placement import Placement, spread
+from moestro.router.placement import EMPTY, Placement, spread
 from moestro.router.transport import LocalTransport
 
 
@@ -38,38 +39,43 @@ def _check(mesh: Mesh) -> int:
 def _check_cases(mesh: Mesh) -> int:
     checked = 0
     for case in CASES:
-        transport = all_to_all(mesh, spread(case.num_experts, mesh.shape.world_size))
+        placement = spread(case.num_experts, mesh.shape.world_size)
         for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
-            _check_layer(mesh, case, transport, dtype, tolerance)
+            _check_layer(mesh, case, placement, dtype, tolerance)
             checked += 1
     return checked
 
 
-def _check_layer(mesh: Mesh, case: Any, transport: AllToAllTransport, dtype: torch.dtype, tolerance: float) -> None:
-    num_tokens = case.tokens_per_rank(mesh.shape.world_size)
+def _check_layer(mesh: Mesh, case: Any, placement: Placement, dtype: torch.dtype, tolerance: float) -> None:
+    num_tokens = tuple(case.tokens_per_rank(mesh.shape.world_size))
+    transport, layout = AllToAllTransport(mesh.world, placement.capacity), lay_out(placement, mesh.rank, "cpu")
     x_TD, ids_TK, w_TK = make_tokens(case, mesh.rank, num_tokens[mesh.rank], dtype)
     weights_EDD = expert_weights(case.num_experts, dtype)
-    y_TD = expert_layer(transport, x_TD, ids_TK, w_TK, weights_EDD)
-    local_TD = expert_layer(LocalTransport(case.num_experts), x_TD, ids_TK, w_TK, weights_EDD)
+    y_TD = expert_layer(transport, layout, num_tokens, x_TD, ids_TK, w_TK, weights_EDD)
+    alone = lay_out(spread(case.num_experts, 1), 0, "cpu")
+    local_TD = expert_layer(LocalTransport(case.num_experts), alone, (len(x_TD),), x_TD, ids_TK, w_TK, weights_EDD)
     assert y_TD.dtype == dtype
     assert torch.equal(y_TD, local_TD), f"{case}, {dtype}: differs from one rank's"
     expected_TD = reference(x_TD, ids_TK, w_TK, weights_EDD)
     torch.testing.assert_close(y_TD.float(), expected_TD, rtol=tolerance, atol=tolerance, msg=lambda m: f"{case}: {m}")
     # Each pair is computed exactly once in the group, by the rank that holds the expert.
-    dispatched, handle = transport.dispatch(x_TD, ids_TK)
-    assert int(dispatched.counts_L.sum()) == dispatched.x_RD.shape[0]
-    rows = mesh.control.all_gather(torch.tensor([dispatched.x_RD.shape[0]])).sum().item()
+    dispatched, handle = transport.dispatch(x_TD, assign(ids_TK, layout), num_tokens)()
+    assert int(dispatched.counts_L.sum()) <= dispatched.x_RD.shape[0]
+    rows = mesh.control.all_gather(dispatched.counts_L).sum().item()
     assert rows == sum(num_tokens) * case.k, f"{case}: {rows} rows for {sum(num_tokens)} tokens"
-    transport.combine(dispatched.x_RD, w_TK, handle)
+    transport.combine(dispatched.x_RD, w_TK, handle)()
 
 
 def _check_scattered_placement(mesh: Mesh) -> None:
     """Experts in no order over ranks, as a rebalancer would leave them, with all on the last rank at the extreme."""
     case, size = CASES[5], mesh.shape.world_size
     order = torch.randperm(case.num_experts, generator=torch.Generator().manual_seed(3)).tolist()
-    for slots in (tuple(tuple(order[r::size]) for r in range(size)), ((),) * (size - 1) + (tuple(order),)):
-        transport = all_to_all(mesh, Placement(case.num_experts, slots))
-        _check_layer(mesh, case, transport, torch.float32, 1e-5)
+    dealt = [order[r::size] for r in range(size)]
+    capacity = len(dealt[0])
+    scattered = tuple(tuple(experts + [EMPTY] * (capacity - len(experts))) for experts in dealt)
+    last = ((EMPTY,) * len(order),) * (size - 1) + (tuple(order),)
+    for slots in (scattered, last):
+        _check_layer(mesh, case, Placement(case.num_experts, slots), torch.float32, 1e-5)
 
 
 def _check_tensor_parallel(mesh: Mesh) -> None:
@@ -113,11 +119,14 @@ def _timings(mesh: Mesh) -> dict[str, float]:
     x_TD = torch.randn(16, 512).to(torch.bfloat16)
     ids_TK = torch.rand(16, 16).topk(4, dim=1).indices
     w_TK = torch.rand(16, 4)
-    transport = all_to_all(mesh, spread(16, mesh.shape.world_size))
+    placement = spread(16, mesh.shape.world_size)
+    transport = AllToAllTransport(mesh.world, placement.capacity)
+    slots_TK = assign(ids_TK, lay_out(placement, mesh.rank, "cpu"))
+    num_tokens_N = (16,) * mesh.shape.world_size
 
     def layer() -> None:
-        dispatched, handle = transport.dispatch(x_TD, ids_TK)
-        transport.combine(dispatched.x_RD, w_TK, handle)
+        dispatched, handle = transport.dispatch(x_TD, slots_TK, num_tokens_N)()
+        transport.combine(dispatched.x_RD, w_TK, handle)()
 
     small = torch.zeros(3, dtype=torch.int64)
     return {

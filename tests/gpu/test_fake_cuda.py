@@ -18,8 +18,16 @@ from torch._subclasses.fake_tensor import (
 )
 
 from moestro.kernels import grouped_experts
-from moestro.kernels.grouped_experts import LoopedExperts, StackedExperts, can_stack, experts_reference, make_experts
+from moestro.kernels.grouped_experts import (
+    ExpertShape,
+    LoopedExperts,
+    StackedExperts,
+    can_stack,
+    experts_reference,
+    make_experts,
+)
 from moestro.protos.sequences import SamplingParams, SequenceRequest
+from moestro.router.expert_parallel import all_here
 from moestro.router.parallel import NoTensorParallel
 from moestro.router.transport import LocalTransport
 from moestro.workers.architectures import parse_config
@@ -103,7 +111,7 @@ def test_a_step_never_waits_and_stays_on_the_device(fake, name, step):
     assert_experts_are_stacked(decoder)
     fake.built()
     plan = plan_of(decoder.cache_spec.num_groups, STEPS[step])
-    batch, _ = build_batch(plan, 8, DEVICE)
+    batch, _ = build_batch(plan, (plan.num_tokens,), 8, DEVICE)
     logits = decoder.forward(batch, decoder.cache_spec.allocate(64, 8))
     assert logits.device == DEVICE
     assert logits.dtype == torch.float32
@@ -114,7 +122,7 @@ def test_a_step_never_waits_and_stays_on_the_device(fake, name, step):
 def test_an_idle_step_never_waits(fake, name):
     decoder = decoder_on_fake_cuda(name)
     fake.built()
-    batch, _ = build_batch(plan_of(1, []), 8, DEVICE)
+    batch, _ = build_batch(plan_of(1, []), (0,), 8, DEVICE)
     logits = decoder.forward(batch, decoder.cache_spec.allocate(64, 8))
     assert (logits.device, logits.shape) == (DEVICE, (0, 101))
 
@@ -122,13 +130,13 @@ def test_an_idle_step_never_waits(fake, name):
 def decoder_on_fake_cuda(name: str) -> Decoder:
     config = CONFIGS[name]
     source = Need(torch.bfloat16, DEVICE)  # hands out nothing: there are no values here
-    return build_decoder(config, source, NoTensorParallel(), LocalTransport(config.num_experts))
+    return build_decoder(config, source, NoTensorParallel(), all_here(config.num_experts, config.num_moe_layers))
 
 
 def assert_experts_are_stacked(decoder) -> None:
     for layer in decoder.layers:
         if isinstance(layer.mlp, MoeMlp):
-            assert isinstance(layer.mlp.experts, StackedExperts)
+            assert isinstance(layer.mlp.bank.experts, StackedExperts)
 
 
 def test_the_net_catches_what_it_should(fake):
@@ -149,9 +157,11 @@ def test_the_net_catches_what_it_should(fake):
 
 def test_experts_with_rows_of_other_sizes_take_the_loop(fake):
     for width, model_width, kind in ((32, 64, StackedExperts), (36, 64, LoopedExperts), (32, 60, LoopedExperts)):
-        experts = make_experts(2, width, model_width, torch.bfloat16, DEVICE, lambda *_: None)
+        shape = ExpertShape(width, model_width, torch.bfloat16, DEVICE)
+        experts = make_experts(shape, [lambda *_: None] * 2)
         assert isinstance(experts, kind), (width, model_width)
-    assert isinstance(make_experts(2, 32, 64, torch.float32, DEVICE, lambda *_: None), LoopedExperts)
+    shape = ExpertShape(32, 64, torch.float32, DEVICE)
+    assert isinstance(make_experts(shape, [lambda *_: None] * 2), LoopedExperts)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 5, 64])
@@ -162,9 +172,10 @@ def test_stacked_experts_over_the_local_transport_equal_the_definition(num_token
     down_LDI = (0.2 * torch.randn(8, 48, 32, generator=generator)).bfloat16()
     x_TD = torch.randn(num_tokens, 48, generator=generator).bfloat16()
     ids_TK = torch.rand(num_tokens, 8, generator=generator).topk(3, 1).indices
-    dispatched, handle = LocalTransport(8).dispatch(x_TD, ids_TK)
+    dispatched, handle = LocalTransport(8).dispatch(x_TD, ids_TK, (num_tokens,))()
     assert torch.equal(dispatched.counts_L, torch.bincount(ids_TK.flatten(), minlength=8))
-    y_RD = StackedExperts(gate_up_L2ID, down_LDI).apply(dispatched.x_RD, dispatched.counts_L)
+    shape = ExpertShape(32, 48, torch.bfloat16, torch.device("cpu"))
+    y_RD = StackedExperts(shape, gate_up_L2ID, down_LDI).apply(dispatched.x_RD, dispatched.counts_L)
     want_RD = experts_reference(dispatched.x_RD, dispatched.counts_L, gate_up_L2ID, down_LDI)
     torch.testing.assert_close(y_RD, want_RD, rtol=0, atol=2**-6 * float(want_RD.abs().max()))
     assert handle.position_TK.shape == (num_tokens, 3)

@@ -1,9 +1,17 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
-from moestro.kernels.grouped_experts import LoopedExperts, StackedExperts, experts_reference, make_experts
+from moestro.kernels.grouped_experts import (
+    ExpertShape,
+    LoopedExperts,
+    StackedExperts,
+    experts_reference,
+    make_experts,
+)
 
 WIDTH, MODEL_WIDTH = 32, 48
 
@@ -20,7 +28,8 @@ def test_definition(device, dtype, counts):
         gate_up_2ID.copy_(gate_up_L2ID[e])
         down_DI.copy_(down_LDI[e])
 
-    experts = make_experts(4, WIDTH, MODEL_WIDTH, dtype, device, fill)
+    fills = [partial(fill, e) if counts[e] else None for e in range(4)]
+    experts = make_experts(ExpertShape(WIDTH, MODEL_WIDTH, dtype, device), fills)
     stacked = device.type == "cuda" and dtype == torch.bfloat16
     assert isinstance(experts, StackedExperts if stacked else LoopedExperts)
     got, want = experts.apply(x_RD, counts_L), experts_reference(x_RD, counts_L, gate_up_L2ID, down_LDI)
@@ -32,6 +41,28 @@ def test_definition(device, dtype, counts):
 
 
 def test_a_rank_without_experts_gets_no_rows(device, dtype):
-    experts = make_experts(0, WIDTH, MODEL_WIDTH, dtype, device, lambda e, gate_up, down: None)
+    experts = make_experts(ExpertShape(WIDTH, MODEL_WIDTH, dtype, device), [])
     x_RD = torch.empty(0, MODEL_WIDTH, dtype=dtype, device=device)
     assert experts.apply(x_RD, torch.zeros(0, dtype=torch.int64, device=device)).shape == (0, MODEL_WIDTH)
+
+
+def test_an_expert_is_replaced_and_padding_stays_apart(device, dtype):
+    generator = torch.Generator().manual_seed(5)
+    gate_up_L2ID = (torch.randn(3, 2 * WIDTH, MODEL_WIDTH, generator=generator) * 0.2).to(device, dtype)
+    down_LDI = (torch.randn(3, MODEL_WIDTH, WIDTH, generator=generator) * 0.2).to(device, dtype)
+
+    def fill(e, gate_up_2ID, down_DI):
+        gate_up_2ID.copy_(gate_up_L2ID[e])
+        down_DI.copy_(down_LDI[e])
+
+    shape = ExpertShape(WIDTH, MODEL_WIDTH, dtype, device)
+    experts = make_experts(shape, [partial(fill, 0), None])
+    staged = [experts.stage(partial(fill, e)) for e in (2, 1)]
+    experts.replace_(0, staged[0])
+    experts.replace_(1, staged[1])
+    fresh = make_experts(shape, [partial(fill, 2), partial(fill, 1)])
+    x_RD = torch.randn(9, MODEL_WIDTH, generator=generator).to(device, dtype)
+    counts_L = torch.tensor([4, 2], device=device)
+    got_RD = experts.apply(x_RD, counts_L)
+    assert got_RD.shape == x_RD.shape
+    assert torch.equal(got_RD[:6], fresh.apply(x_RD[:6], counts_L))

@@ -81,6 +81,7 @@ class Driver:
                 for window in self.decoder.cache_spec.windows
             ),
             logit_rows_R=torch.arange(starts[-1], device=device),
+            num_tokens_N=(starts[-1],),
         )
 
     def _table(

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from moestro.router.assign import Layout, assign
 from moestro.router.reference import moe_layer
 from moestro.router.transport import Transport
 
@@ -77,14 +78,24 @@ def expert_weights(num_experts: int, dtype: torch.dtype) -> Tensor:
     return (torch.randn(num_experts, WIDTH, WIDTH, generator=generator) / WIDTH**0.5).to(dtype)
 
 
-def expert_layer(transport: Transport[Any], x_TD: Tensor, ids_TK: Tensor, w_TK: Tensor, weights_EDD: Tensor) -> Tensor:
+def expert_layer(
+    transport: Transport[Any],
+    layout: Layout,
+    num_tokens_N: tuple[int, ...],
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    w_TK: Tensor,
+    weights_EDD: Tensor,
+) -> Tensor:
     """dispatch, the experts (row by row, so that no row depends on its neighbours), combine."""
-    dispatched, handle = transport.dispatch(x_TD, ids_TK)
-    experts = [e for e, n in zip(transport.local_experts, dispatched.counts_L.tolist(), strict=True) for _ in range(n)]
-    # A fresh copy of each row, since a BLAS may add in another order for another alignment.
-    rows = [weights_EDD[e] @ row.clone() for e, row in zip(experts, dispatched.x_RD, strict=True)]
-    y_RD = torch.stack(rows) if rows else dispatched.x_RD
-    return transport.combine(y_RD, w_TK, handle)
+    dispatched, handle = transport.dispatch(x_TD, assign(ids_TK, layout), num_tokens_N)()
+    counts = dispatched.counts_L.tolist()
+    experts = [e for e, n in zip(layout.local_experts, counts, strict=True) for _ in range(n)]
+    y_RD = dispatched.x_RD.clone()
+    for r, expert in enumerate(experts):
+        # A fresh copy of each row, since a BLAS may add in another order for another alignment.
+        y_RD[r] = weights_EDD[expert] @ dispatched.x_RD[r].clone()
+    return transport.combine(y_RD, w_TK, handle)()
 
 
 def reference(x_TD: Tensor, ids_TK: Tensor, w_TK: Tensor, weights_EDD: Tensor) -> Tensor:

@@ -1,32 +1,37 @@
 import pytest
 
-from moestro.router.placement import Placement, spread
+from moestro.router.placement import EMPTY, Placement, spread
 
 
 @pytest.mark.parametrize("num_experts", [1, 2, 3, 7, 8, 60, 128])
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 8, 130])
 def test_spread_places_every_expert_once_and_evenly(num_experts: int, num_ranks: int) -> None:
     placement = spread(num_experts, num_ranks)
-    assert sorted(e for experts in placement.slots for e in experts) == list(range(num_experts))
-    sizes = [len(experts) for experts in placement.slots]
-    assert len(sizes) == num_ranks
-    assert max(sizes) - min(sizes) <= 1
+    held = [[e for e in experts if e != EMPTY] for experts in placement.slots]
+    assert sorted(e for experts in held for e in experts) == list(range(num_experts))
+    assert len(held) == num_ranks
+    assert placement.capacity == max(map(len, held)) <= min(map(len, held)) + 1
+
+
+def test_spread_leaves_the_rest_of_a_larger_capacity_empty() -> None:
+    assert spread(3, 2, 3).slots == ((0, EMPTY, EMPTY), (1, 2, EMPTY))
+    with pytest.raises(ValueError, match="capacity must be at least 2 to hold 3 experts on 2 ranks, got 1"):
+        spread(3, 2, 1)
 
 
 def test_slot_numbers_run_over_ranks() -> None:
-    placement = Placement(3, ((2, 0), (), (0, 1)))
-    assert placement.num_slots == 4
-    assert placement.rank_of_slot == (0, 0, 2, 2)
-    assert placement.slots_of_expert == ((1, 2), (3,), (0,))
-    assert [placement.first_slot(rank) for rank in range(4)] == [0, 2, 2, 4]
+    placement = Placement(3, ((2, 0), (EMPTY, EMPTY), (0, 1)))
+    assert (placement.num_ranks, placement.capacity, placement.num_slots) == (3, 2, 6)
+    assert placement.slots_of_expert == ((1, 4), (5,), (0,))
 
 
 @pytest.mark.parametrize(
     ("slots", "message"),
     [
         (((0,), (2,)), r"slots\[1\]: expert must be in \[0, 2\), got 2"),
-        (((0, 0), (1,)), r"slots\[0\]: an expert is placed twice"),
-        (((0,), ()), r"no rank holds experts \[1\]"),
+        (((0, 0), (1, EMPTY)), r"slots\[0\]: an expert is placed twice"),
+        (((0,), (EMPTY,)), r"no rank holds experts \[1\]"),
+        (((0, 1), (1,)), r"slots\[1\]: every rank has 2 slots, this one 1"),
     ],
 )
 def test_impossible_placements_are_refused(slots: tuple[tuple[int, ...], ...], message: str) -> None:

@@ -1,29 +1,29 @@
 """The decoder: embedding, layers, norm, LM head.
 
-Legend: T tokens, M model width, R rows whose logits are wanted, V vocabulary, G cache groups.
+Legend: T tokens, N ranks of the group, M model width, R rows whose logits are wanted, V vocabulary, G cache groups.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from moestro.kernels.paged_attention import AttentionPlan
 from moestro.kernels.rms_norm import rms_norm
+from moestro.router.expert_parallel import ExpertParallel
 from moestro.router.parallel import TensorParallel
-from moestro.router.transport import Transport
 from moestro.workers.batch import Batch
 from moestro.workers.kv_cache import CacheSpec, KVCache
 from moestro.workers.model.attention import Attention, build_attention
 from moestro.workers.model.mlp import DenseMlp, build_mlp
 from moestro.workers.model.moe import MoeMlp, build_moe
 from moestro.workers.model.rope import Rope, make_rope
+from moestro.workers.model.sharding import token_shares
 from moestro.workers.model.vocabulary import Embedding, LMHead, build_vocabulary
 from moestro.workers.model.weights import WeightSource, read
-from moestro.workers.model_config import DenseSpec, LayerSpec, ModelConfig
+from moestro.workers.model_config import DenseSpec, LayerSpec, ModelConfig, MoeSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,8 @@ class Decoder:
         Collective: every rank of the group calls it once a step, an idle rank with a batch of zero tokens.
         """
         if batch.num_tokens == 0:
-            return self._step_along()
+            return self._step_along(batch.num_tokens_N)
+        routed_N = token_shares(batch.num_tokens_N, self.embedding.tp.size)
         plans_G = self._plan(batch, cache)
         cos_T1D, sin_T1D = self.rope.tables(batch.positions_T)
         x_TM = self.embedding.forward(batch.token_ids_T)
@@ -65,7 +66,7 @@ class Decoder:
             h_TM = rms_norm(x_TM, layer.attention_norm_M, layer.eps)
             x_TM = x_TM + layer.attention.forward(h_TM, cos_T1D, sin_T1D, plans_G[layer.group], kv_NCbD)
             h_TM = rms_norm(x_TM, layer.mlp_norm_M, layer.eps)
-            x_TM = x_TM + layer.mlp.forward(h_TM)
+            x_TM = x_TM + layer.mlp.forward(h_TM, routed_N)
         x_RM = rms_norm(x_TM.index_select(0, batch.logit_rows_R), self.norm_M, self.config.norm_eps)
         return self.head.forward(x_RM)
 
@@ -77,12 +78,13 @@ class Decoder:
             for group, tables in enumerate(batch.tables_G)
         ]
 
-    def _step_along(self) -> Tensor:
+    def _step_along(self, num_tokens_N: tuple[int, ...]) -> Tensor:
         """Takes part in the collectives of the expert-parallel group and in nothing else."""
         x_TM = self.embedding.weight_vM.new_empty(0, self.config.hidden_size)
+        routed_N = token_shares(num_tokens_N, self.embedding.tp.size)
         for layer in self.layers:
             if isinstance(layer.mlp, MoeMlp):
-                layer.mlp.forward(x_TM)
+                layer.mlp.forward(x_TM, routed_N)
         return x_TM.new_empty(0, self.config.vocab_size, dtype=torch.float32)
 
 
@@ -90,13 +92,15 @@ def build_decoder(
     config: ModelConfig,
     source: WeightSource,
     tp: TensorParallel,
-    transport: Transport[Any],
+    experts: ExpertParallel,
 ) -> Decoder:
     """Reads this rank's weights layer by layer. Raises ConfigError when ``tp`` does not fit the model."""
     embedding, head = build_vocabulary(config.vocab_size, config.hidden_size, config.tie_embeddings, source, tp)
-    layers = []
+    layers: list[DecoderLayer] = []
+    num_moe = 0
     for index, spec in enumerate(config.layers):
-        layers.append(_build_layer(config, spec, f"model.layers.{index}.", source, tp, transport))
+        layers.append(_build_layer(config, spec, f"model.layers.{index}.", source, tp, experts, num_moe))
+        num_moe += isinstance(spec.mlp, MoeSpec)
     return Decoder(
         config=config,
         cache_spec=CacheSpec(
@@ -116,7 +120,8 @@ def _build_layer(
     prefix: str,
     source: WeightSource,
     tp: TensorParallel,
-    transport: Transport[Any],
+    experts: ExpertParallel,
+    moe_index: int,
 ) -> DecoderLayer:
     width, eps = config.hidden_size, config.norm_eps
     return DecoderLayer(
@@ -125,7 +130,7 @@ def _build_layer(
         mlp_norm_M=read(source, prefix + "post_attention_layernorm.weight", width),
         mlp=build_mlp(spec.mlp, width, prefix + "mlp.", source, tp)
         if isinstance(spec.mlp, DenseSpec)
-        else build_moe(spec.mlp, width, prefix + "mlp.", source, tp, transport),
+        else build_moe(spec.mlp, width, prefix + "mlp.", source, tp, experts, moe_index),
         group=config.windows.index(spec.attention.window),
         eps=eps,
     )

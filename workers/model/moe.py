@@ -1,6 +1,7 @@
-"""A mixture of experts: gate, dispatch, experts, combine.
+"""A mixture of experts: gate, assign, dispatch, experts, combine.
 
-Legend: T tokens, t this rank's share of them, M model width, K experts per token, E experts.
+Legend: T tokens, t this rank's share of them, M model width, K experts per token, N ranks of the group, W expert width,
+L slots of this rank.
 
 With tensor parallelism all ranks of a set hold the same tokens. Each routes its own contiguous share of them, so that
 no row crosses the wire twice, and the results are gathered within the set.
@@ -8,16 +9,20 @@ no row crosses the wire twice, and the results are gathered within the set.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moestro.kernels.grouped_experts import GroupedExperts, make_experts
+from moestro.kernels.grouped_experts import ExpertShape, Fill, GroupedExperts, make_experts
 from moestro.kernels.linear import Linear, PlainLinear
+from moestro.router.assign import Layout, assign, lay_out
+from moestro.router.expert_parallel import ExpertParallel
 from moestro.router.gate import softmax_topk
 from moestro.router.parallel import NoTensorParallel, TensorParallel
+from moestro.router.placement import EMPTY
 from moestro.router.transport import Transport
 from moestro.workers.model.mlp import DenseMlp, build_mlp
 from moestro.workers.model.sharding import token_shard
@@ -37,30 +42,59 @@ class SharedExpert:
         return torch.sigmoid(self.gate.apply(x_tM)) * self.mlp.forward(x_tM)
 
 
+class ExpertBank:
+    """One mixture layer's experts on this rank and the layout that says where all of them are: the only part of a
+    model that changes while it serves. The two change together, between two steps."""
+
+    def __init__(self, prefix: str, experts: GroupedExperts, layout: Layout) -> None:
+        self.prefix = prefix  # of the layer's weights, "model.layers.3.mlp."
+        self.experts = experts
+        self.layout = layout
+        self.rows_L = torch.zeros(layout.placement.capacity, dtype=torch.int64, device=layout.slot_E.device)
+        """Rows that each slot has computed since this was last set to zero."""
+
+    def apply(self, x_RM: Tensor, counts_L: Tensor) -> Tensor:
+        """The experts' results for rows sorted by slot."""
+        self.rows_L += counts_L
+        return self.experts.apply(x_RM, counts_L)
+
+    def switch_(self, layout: Layout, staged: Mapping[int, Any]) -> None:
+        """Takes on a new layout. ``staged`` holds, by local slot, what ``experts.stage`` made of every expert that
+        the slot did not hold before."""
+        for slot, expert in staged.items():
+            self.experts.replace_(slot, expert)
+        self.layout = layout
+
+
 @dataclass(frozen=True, slots=True)
 class MoeMlp:
     """One mixture layer on one rank."""
 
     spec: GateSpec
     gate: Linear
-    experts: GroupedExperts
+    bank: ExpertBank
     shared: SharedExpert | None
     transport: Transport[Any]
     tp: TensorParallel
 
-    def forward(self, x_TM: Tensor) -> Tensor:
-        """y_TM. Collective within the whole group: to be called with zero tokens too."""
+    def forward(self, x_TM: Tensor, num_tokens_N: tuple[int, ...]) -> Tensor:
+        """y_TM. Collective within the whole group: to be called with zero tokens too. ``num_tokens_N`` is what each
+        rank routes (see ``token_shares``), the same on all."""
         if self.tp.size == 1:
-            return self._route(x_TM)
+            return self._route(x_TM, num_tokens_N)
         start, stop = token_shard(x_TM.shape[0], self.tp.rank, self.tp.size)
-        return _gather_tokens(self._route(x_TM[start:stop]), x_TM.shape[0], self.tp)
+        return _gather_tokens(self._route(x_TM[start:stop], num_tokens_N), x_TM.shape[0], self.tp)
 
-    def _route(self, x_tM: Tensor) -> Tensor:
+    def _route(self, x_tM: Tensor, num_tokens_N: tuple[int, ...]) -> Tensor:
         ids_tK, weights_tK = softmax_topk(self.gate.apply(x_tM), self.spec.top_k, self.spec.renormalize)
-        dispatched, handle = self.transport.dispatch(x_tM, ids_tK)
-        y_RM = self.experts.apply(dispatched.x_RD, dispatched.counts_L)
-        y_tM = self.transport.combine(y_RM, weights_tK, handle)
-        return y_tM if self.shared is None else y_tM + self.shared.forward(x_tM)
+        slots_tK = assign(ids_tK, self.bank.layout)
+        arriving = self.transport.dispatch(x_tM, slots_tK, num_tokens_N)
+        # Computed while the rows travel.
+        shared_tM = None if self.shared is None else self.shared.forward(x_tM)
+        dispatched, handle = arriving()
+        y_RM = self.bank.apply(dispatched.x_RD, dispatched.counts_L)
+        y_tM = self.transport.combine(y_RM, weights_tK, handle)()
+        return y_tM if shared_tM is None else y_tM + shared_tM
 
 
 def _gather_tokens(y_tM: Tensor, num_tokens: int, tp: TensorParallel) -> Tensor:
@@ -76,29 +110,41 @@ def _gather_tokens(y_tM: Tensor, num_tokens: int, tp: TensorParallel) -> Tensor:
     return torch.cat([all_XM[r * longest : r * longest + stop - start] for r, (start, stop) in enumerate(shards)])
 
 
+def expert_fill(source: WeightSource, prefix: str, expert: int, width: int) -> Fill:
+    """Reads one logical expert of the layer whose weights begin with ``prefix``."""
+
+    def fill(gate_up_2WM: Tensor, down_MW: Tensor) -> None:
+        name = f"{prefix}experts.{expert}."
+        source.read_(gate_up_2WM[:width], name + "gate_proj.weight")
+        source.read_(gate_up_2WM[width:], name + "up_proj.weight")
+        source.read_(down_MW, name + "down_proj.weight")
+
+    return fill
+
+
 def build_moe(
     spec: MoeSpec,
     hidden_size: int,
     prefix: str,
     source: WeightSource,
     tp: TensorParallel,
-    transport: Transport[Any],
+    parallel: ExpertParallel,
+    index: int,
 ) -> MoeMlp:
-    """Reads the gate, the shared expert and this rank's experts."""
-    local_experts = transport.local_experts
-
-    def fill(index: int, gate_up_2WM: Tensor, down_MW: Tensor) -> None:
-        expert = f"{prefix}experts.{local_experts[index]}."
-        source.read_(gate_up_2WM[: spec.width], expert + "gate_proj.weight")
-        source.read_(gate_up_2WM[spec.width :], expert + "up_proj.weight")
-        source.read_(down_MW, expert + "down_proj.weight")
-
+    """Reads the gate, the shared expert and this rank's experts. ``index`` counts mixture layers only."""
+    layout = lay_out(parallel.placements[index], parallel.rank, source.device)
     gate = read_linear(source, prefix + "gate.weight", spec.gate.num_experts, hidden_size)
-    experts = make_experts(len(local_experts), spec.width, hidden_size, source.dtype, source.device, fill)
+    experts = make_experts(
+        ExpertShape(spec.width, hidden_size, source.dtype, source.device),
+        [
+            None if expert == EMPTY else expert_fill(source, prefix, expert, spec.width)
+            for expert in layout.local_experts
+        ],
+    )
     shared = None
     if spec.shared_width is not None:
         mlp = build_mlp(
             DenseSpec(spec.shared_width), hidden_size, prefix + "shared_expert.", source, NoTensorParallel()
         )
         shared = SharedExpert(mlp, PlainLinear(read(source, prefix + "shared_expert_gate.weight", 1, hidden_size)))
-    return MoeMlp(spec.gate, gate, experts, shared, transport, tp)
+    return MoeMlp(spec.gate, gate, ExpertBank(prefix, experts, layout), shared, parallel.transport, tp)

@@ -20,6 +20,14 @@ def token_shard(num_tokens: int, rank: int, size: int) -> tuple[int, int]:
     return rank * num_tokens // size, (rank + 1) * num_tokens // size
 
 
+def token_shares(num_tokens_N: tuple[int, ...], tp: int) -> tuple[int, ...]:
+    """How many tokens each rank of a group routes, when rank r's tensor-parallel set holds ``num_tokens_N[r]``."""
+    if tp == 1:
+        return num_tokens_N
+    shards = (token_shard(num_tokens, rank % tp, tp) for rank, num_tokens in enumerate(num_tokens_N))
+    return tuple(stop - start for start, stop in shards)
+
+
 @dataclass(frozen=True, slots=True)
 class HeadShard:
     """The heads of one rank."""
