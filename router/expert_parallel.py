@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from moestro.router.all_to_all import AllToAllTransport
+from moestro.router.mesh import Mesh
 from moestro.router.placement import Placement, spread
 from moestro.router.transport import LocalTransport, Transport
 
@@ -17,6 +19,14 @@ class ExpertParallel:
     transport: Transport[Any]
     placements: tuple[Placement, ...]  # by mixture layer; all of one capacity
     rank: int = 0
+
+
+def over_group(mesh: Mesh, num_experts: int, num_layers: int) -> ExpertParallel:
+    """Experts spread over the ranks of ``mesh``, one copy of each."""
+    if not num_layers:
+        return all_here(0, 0)
+    placement = spread(num_experts, mesh.shape.world_size)
+    return ExpertParallel(AllToAllTransport(mesh.world, placement.capacity), (placement,) * num_layers, mesh.rank)
 
 
 def all_here(num_experts: int, num_layers: int) -> ExpertParallel:

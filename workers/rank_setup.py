@@ -12,11 +12,9 @@ import torch
 
 from moestro.protos.errors import ConfigError
 from moestro.protos.sequences import EngineLimits, EngineLoad
-from moestro.router.all_to_all import AllToAllTransport
-from moestro.router.expert_parallel import ExpertParallel, all_here
+from moestro.router.expert_parallel import over_group
 from moestro.router.mesh import DeviceKind, Mesh, StoreAddress, join
 from moestro.router.parallel import GroupShape
-from moestro.router.placement import spread
 from moestro.workers.checkpoint import open_checkpoint
 from moestro.workers.device import configure_torch
 from moestro.workers.engine import Engine
@@ -24,7 +22,6 @@ from moestro.workers.kv_cache import CacheSpec
 from moestro.workers.loading import OnProgress, load_model
 from moestro.workers.lockstep import Lockstep, SoloLockstep, make_lockstep
 from moestro.workers.model.decoder import Decoder
-from moestro.workers.model_config import ModelConfig
 from moestro.workers.rank_loop import RankLoop
 from moestro.workers.runner import Runner
 from moestro.workers.scheduler import Scheduler
@@ -110,21 +107,12 @@ def build_rank(spec: RankSpec, place: GroupPlace | None = None, on_progress: OnP
             dtype=_DTYPES[spec.dtype],
             device=device,
             tp=mesh.tp,
-            experts=group_experts(mesh, checkpoint.config),
+            experts=over_group(mesh, checkpoint.config.num_experts, checkpoint.config.num_moe_layers),
             on_progress=on_progress,
         )
         lockstep = make_lockstep(mesh, place.store)
     engine = build_engine(spec, model, device)
     return BuiltRank(RankLoop(engine, lockstep, time.monotonic), engine.limits, engine.load(), str(device), mesh)
-
-
-def group_experts(mesh: Mesh, config: ModelConfig) -> ExpertParallel:
-    """Experts spread over a group, one copy of each."""
-    if not config.num_moe_layers:
-        return all_here(0, 0)
-    placement = spread(config.num_experts, mesh.shape.world_size)
-    transport = AllToAllTransport(mesh.world, placement.capacity)
-    return ExpertParallel(transport, (placement,) * config.num_moe_layers, mesh.rank)
 
 
 def device_kind(wanted: str) -> DeviceKind:

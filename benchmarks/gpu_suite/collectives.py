@@ -20,6 +20,7 @@ from benchmarks.small_models import make_model, random_ids, save_model
 
 from moestro.kernels.grouped_experts import ExpertShape, GroupedExperts, make_experts
 from moestro.router.all_to_all import AllToAllTransport
+from moestro.router.expert_parallel import over_group
 from moestro.router.mesh import Mesh, MeshTensorParallel, join, serve_store
 from moestro.router.parallel import GroupShape
 from moestro.router.transport import LocalTransport, Transport
@@ -28,7 +29,6 @@ from moestro.workers.batching import build_batch
 from moestro.workers.device import configure_torch
 from moestro.workers.loading import load_model
 from moestro.workers.lockstep import GroupLockstep
-from moestro.workers.rank_setup import group_experts
 from moestro.workers.scheduler_sequence import StepPlan
 
 TIMEOUT_S = 45.0
@@ -143,7 +143,7 @@ def check_engine(mesh: Mesh, dtype: torch.dtype, settings: Settings) -> Values:
             dtype=dtype,
             device=mesh.device,
             tp=mesh.tp,
-            experts=group_experts(mesh, alone.config),
+            experts=over_group(mesh, alone.config.num_experts, alone.config.num_moe_layers),
         )
     prompts = [random_ids(length, seed=80 + length) for length in (1, 9, 40)]
     runs = []

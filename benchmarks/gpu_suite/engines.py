@@ -103,7 +103,7 @@ def follow(engine: Engine, prompts: list[list[int]], num_output: int) -> list[Tr
             raise RuntimeError(refusal)
     while watched.has_work:
         plan = watched.plan(time.monotonic())
-        deltas = watched.run(plan, time.monotonic)
+        deltas = watched.run(plan, (plan.num_tokens,), time.monotonic)
         for name, position, logits_V in recorder.rows(plan):
             transcripts[name].logits[position] = logits_V
         for delta in deltas:
