@@ -50,6 +50,24 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Diagnostics:
+    """Ways to disturb how one sequence is served, none of which may change what comes out."""
+
+    rank: str = ""  # serve it on this rank, or in this group; a gateway's business, unknown below it
+    max_chunk: int = 0  # compute at most so many of its tokens a step; 0: no limit of its own
+    preempt_at: int | None = None  # preempt it once, when it has so many output tokens
+    trace: bool = False  # report digests of its hidden states
+
+
+@dataclass(frozen=True, slots=True)
+class PositionTrace:
+    """64-bit digests of one position's hidden state after each decoder layer."""
+
+    position: int
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceRequest:
     """One sequence to be continued. ``output_ids`` holds what was already accepted when it is a replay."""
 
@@ -58,6 +76,7 @@ class SequenceRequest:
     sampling: SamplingParams
     output_ids: tuple[int, ...] = ()
     priority: int = 0  # smaller first; equal priorities are first come, first served
+    diagnostics: Diagnostics = Diagnostics()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +121,7 @@ class SequenceDelta:
     finish_reason: FinishReason | None = None
     error: str | None = None
     ledger: SequenceLedger | None = None
+    trace: tuple[PositionTrace, ...] = ()  # of the positions computed, when asked for
 
 
 @dataclass(frozen=True, slots=True)

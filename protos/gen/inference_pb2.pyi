@@ -91,7 +91,7 @@ class OutputParams(_message.Message):
     def __init__(self, n: _Optional[int] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "text", "token_ids", "sampling", "stop", "output", "priority", "request_id")
+    __slots__ = ("model", "text", "token_ids", "sampling", "stop", "output", "priority", "request_id", "diagnostics")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -100,6 +100,7 @@ class GenerateRequest(_message.Message):
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    DIAGNOSTICS_FIELD_NUMBER: _ClassVar[int]
     model: str
     text: str
     token_ids: TokenIds
@@ -108,7 +109,20 @@ class GenerateRequest(_message.Message):
     output: OutputParams
     priority: int
     request_id: str
-    def __init__(self, model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[StopParams, _Mapping]] = ..., output: _Optional[_Union[OutputParams, _Mapping]] = ..., priority: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
+    diagnostics: Diagnostics
+    def __init__(self, model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[StopParams, _Mapping]] = ..., output: _Optional[_Union[OutputParams, _Mapping]] = ..., priority: _Optional[int] = ..., request_id: _Optional[str] = ..., diagnostics: _Optional[_Union[Diagnostics, _Mapping]] = ...) -> None: ...
+
+class Diagnostics(_message.Message):
+    __slots__ = ("rank", "max_chunk", "preempt_at", "trace")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    MAX_CHUNK_FIELD_NUMBER: _ClassVar[int]
+    PREEMPT_AT_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
+    rank: str
+    max_chunk: int
+    preempt_at: int
+    trace: bool
+    def __init__(self, rank: _Optional[str] = ..., max_chunk: _Optional[int] = ..., preempt_at: _Optional[int] = ..., trace: _Optional[bool] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("event",)
@@ -189,20 +203,30 @@ class StreamEvent(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., sequence_number: _Optional[int] = ..., model: _Optional[str] = ..., seed: _Optional[int] = ..., deltas: _Optional[_Iterable[_Union[ChoiceDelta, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ...) -> None: ...
 
 class ChoiceDelta(_message.Message):
-    __slots__ = ("index", "text", "token_ids", "logprobs", "finish_reason", "stop_string")
+    __slots__ = ("index", "text", "token_ids", "logprobs", "finish_reason", "stop_string", "trace")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     STOP_STRING_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
     index: int
     text: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedCompositeFieldContainer[PositionLogprobs]
     finish_reason: FinishReason
     stop_string: str
-    def __init__(self, index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_string: _Optional[str] = ...) -> None: ...
+    trace: _containers.RepeatedCompositeFieldContainer[PositionTrace]
+    def __init__(self, index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_string: _Optional[str] = ..., trace: _Optional[_Iterable[_Union[PositionTrace, _Mapping]]] = ...) -> None: ...
+
+class PositionTrace(_message.Message):
+    __slots__ = ("position", "layers")
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    position: int
+    layers: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, position: _Optional[int] = ..., layers: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Choice(_message.Message):
     __slots__ = ("index", "text", "token_ids", "logprobs", "finish_reason", "stop_string")
@@ -385,3 +409,143 @@ class Rank(_message.Message):
     resident_bytes: int
     device: str
     def __init__(self, name: _Optional[str] = ..., dp_rank: _Optional[int] = ..., tp_rank: _Optional[int] = ..., state: _Optional[_Union[RankState, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., num_steps: _Optional[int] = ..., step_seconds: _Optional[float] = ..., resident_bytes: _Optional[int] = ..., device: _Optional[str] = ...) -> None: ...
+
+class GetExpertsRequest(_message.Message):
+    __slots__ = ("group",)
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    group: str
+    def __init__(self, group: _Optional[str] = ...) -> None: ...
+
+class GetExpertsResponse(_message.Message):
+    __slots__ = ("groups",)
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    groups: _containers.RepeatedCompositeFieldContainer[GroupExperts]
+    def __init__(self, groups: _Optional[_Iterable[_Union[GroupExperts, _Mapping]]] = ...) -> None: ...
+
+class GroupExperts(_message.Message):
+    __slots__ = ("group", "epoch", "architecture", "num_experts", "slots_per_rank", "window_seconds", "layers", "ranks", "rebalancer", "decisions")
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
+    NUM_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_PER_RANK_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    REBALANCER_FIELD_NUMBER: _ClassVar[int]
+    DECISIONS_FIELD_NUMBER: _ClassVar[int]
+    group: str
+    epoch: int
+    architecture: str
+    num_experts: int
+    slots_per_rank: int
+    window_seconds: float
+    layers: _containers.RepeatedCompositeFieldContainer[ExpertLayer]
+    ranks: _containers.RepeatedCompositeFieldContainer[RankExperts]
+    rebalancer: RebalancerState
+    decisions: _containers.RepeatedCompositeFieldContainer[RebalanceDecision]
+    def __init__(self, group: _Optional[str] = ..., epoch: _Optional[int] = ..., architecture: _Optional[str] = ..., num_experts: _Optional[int] = ..., slots_per_rank: _Optional[int] = ..., window_seconds: _Optional[float] = ..., layers: _Optional[_Iterable[_Union[ExpertLayer, _Mapping]]] = ..., ranks: _Optional[_Iterable[_Union[RankExperts, _Mapping]]] = ..., rebalancer: _Optional[_Union[RebalancerState, _Mapping]] = ..., decisions: _Optional[_Iterable[_Union[RebalanceDecision, _Mapping]]] = ...) -> None: ...
+
+class ExpertLayer(_message.Message):
+    __slots__ = ("layer", "load", "slots", "rank_load", "balancedness")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    RANK_LOAD_FIELD_NUMBER: _ClassVar[int]
+    BALANCEDNESS_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    load: _containers.RepeatedScalarFieldContainer[int]
+    slots: _containers.RepeatedScalarFieldContainer[int]
+    rank_load: _containers.RepeatedScalarFieldContainer[int]
+    balancedness: float
+    def __init__(self, layer: _Optional[int] = ..., load: _Optional[_Iterable[int]] = ..., slots: _Optional[_Iterable[int]] = ..., rank_load: _Optional[_Iterable[int]] = ..., balancedness: _Optional[float] = ...) -> None: ...
+
+class RankExperts(_message.Message):
+    __slots__ = ("rank", "rows", "expert_seconds", "wait_seconds", "step_seconds", "steps", "slowest_steps")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    WAIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    STEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    SLOWEST_STEPS_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    rows: int
+    expert_seconds: float
+    wait_seconds: float
+    step_seconds: float
+    steps: int
+    slowest_steps: int
+    def __init__(self, rank: _Optional[int] = ..., rows: _Optional[int] = ..., expert_seconds: _Optional[float] = ..., wait_seconds: _Optional[float] = ..., step_seconds: _Optional[float] = ..., steps: _Optional[int] = ..., slowest_steps: _Optional[int] = ...) -> None: ...
+
+class RebalancerState(_message.Message):
+    __slots__ = ("enabled", "activity", "moved_bytes", "switched_layers", "undone_layers")
+    ENABLED_FIELD_NUMBER: _ClassVar[int]
+    ACTIVITY_FIELD_NUMBER: _ClassVar[int]
+    MOVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SWITCHED_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    UNDONE_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    enabled: bool
+    activity: str
+    moved_bytes: int
+    switched_layers: int
+    undone_layers: int
+    def __init__(self, enabled: _Optional[bool] = ..., activity: _Optional[str] = ..., moved_bytes: _Optional[int] = ..., switched_layers: _Optional[int] = ..., undone_layers: _Optional[int] = ...) -> None: ...
+
+class RebalanceDecision(_message.Message):
+    __slots__ = ("age_seconds", "trigger", "layers", "reason", "outcome", "bytes", "predicted_gain_seconds", "predicted_cost_seconds", "stall_seconds", "realised_gain_seconds", "times")
+    AGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TRIGGER_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_GAIN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_COST_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    STALL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    REALISED_GAIN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TIMES_FIELD_NUMBER: _ClassVar[int]
+    age_seconds: float
+    trigger: str
+    layers: _containers.RepeatedScalarFieldContainer[int]
+    reason: str
+    outcome: str
+    bytes: int
+    predicted_gain_seconds: float
+    predicted_cost_seconds: float
+    stall_seconds: float
+    realised_gain_seconds: float
+    times: int
+    def __init__(self, age_seconds: _Optional[float] = ..., trigger: _Optional[str] = ..., layers: _Optional[_Iterable[int]] = ..., reason: _Optional[str] = ..., outcome: _Optional[str] = ..., bytes: _Optional[int] = ..., predicted_gain_seconds: _Optional[float] = ..., predicted_cost_seconds: _Optional[float] = ..., stall_seconds: _Optional[float] = ..., realised_gain_seconds: _Optional[float] = ..., times: _Optional[int] = ...) -> None: ...
+
+class SetPlacementRequest(_message.Message):
+    __slots__ = ("group", "experts", "random_seed", "even", "rebalance")
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    RANDOM_SEED_FIELD_NUMBER: _ClassVar[int]
+    EVEN_FIELD_NUMBER: _ClassVar[int]
+    REBALANCE_FIELD_NUMBER: _ClassVar[int]
+    group: str
+    experts: ExpertPlacement
+    random_seed: int
+    even: bool
+    rebalance: bool
+    def __init__(self, group: _Optional[str] = ..., experts: _Optional[_Union[ExpertPlacement, _Mapping]] = ..., random_seed: _Optional[int] = ..., even: _Optional[bool] = ..., rebalance: _Optional[bool] = ...) -> None: ...
+
+class ExpertPlacement(_message.Message):
+    __slots__ = ("layers",)
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    layers: _containers.RepeatedCompositeFieldContainer[PlacementLayer]
+    def __init__(self, layers: _Optional[_Iterable[_Union[PlacementLayer, _Mapping]]] = ...) -> None: ...
+
+class PlacementLayer(_message.Message):
+    __slots__ = ("slots",)
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    slots: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, slots: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class SetPlacementResponse(_message.Message):
+    __slots__ = ("groups",)
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    groups: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, groups: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -380,6 +380,16 @@ class ClusterServiceStub:
                 request_serializer=moestro_dot_v1_dot_inference__pb2.GetClusterStatusRequest.SerializeToString,
                 response_deserializer=moestro_dot_v1_dot_inference__pb2.GetClusterStatusResponse.FromString,
                 _registered_method=True)
+        self.GetExperts = channel.unary_unary(
+                '/moestro.v1.ClusterService/GetExperts',
+                request_serializer=moestro_dot_v1_dot_inference__pb2.GetExpertsRequest.SerializeToString,
+                response_deserializer=moestro_dot_v1_dot_inference__pb2.GetExpertsResponse.FromString,
+                _registered_method=True)
+        self.SetPlacement = channel.unary_unary(
+                '/moestro.v1.ClusterService/SetPlacement',
+                request_serializer=moestro_dot_v1_dot_inference__pb2.SetPlacementRequest.SerializeToString,
+                response_deserializer=moestro_dot_v1_dot_inference__pb2.SetPlacementResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServiceServicer:
@@ -393,6 +403,20 @@ class ClusterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetExperts(self, request, context):
+        """Where experts lie, what they compute, and every decision of the rebalancer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetPlacement(self, request, context):
+        """Moves experts to where the caller wants them, in the background, while serving.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -400,6 +424,16 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.GetClusterStatus,
                     request_deserializer=moestro_dot_v1_dot_inference__pb2.GetClusterStatusRequest.FromString,
                     response_serializer=moestro_dot_v1_dot_inference__pb2.GetClusterStatusResponse.SerializeToString,
+            ),
+            'GetExperts': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetExperts,
+                    request_deserializer=moestro_dot_v1_dot_inference__pb2.GetExpertsRequest.FromString,
+                    response_serializer=moestro_dot_v1_dot_inference__pb2.GetExpertsResponse.SerializeToString,
+            ),
+            'SetPlacement': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetPlacement,
+                    request_deserializer=moestro_dot_v1_dot_inference__pb2.SetPlacementRequest.FromString,
+                    response_serializer=moestro_dot_v1_dot_inference__pb2.SetPlacementResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -430,6 +464,60 @@ class ClusterService:
             '/moestro.v1.ClusterService/GetClusterStatus',
             moestro_dot_v1_dot_inference__pb2.GetClusterStatusRequest.SerializeToString,
             moestro_dot_v1_dot_inference__pb2.GetClusterStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetExperts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moestro.v1.ClusterService/GetExperts',
+            moestro_dot_v1_dot_inference__pb2.GetExpertsRequest.SerializeToString,
+            moestro_dot_v1_dot_inference__pb2.GetExpertsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetPlacement(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moestro.v1.ClusterService/SetPlacement',
+            moestro_dot_v1_dot_inference__pb2.SetPlacementRequest.SerializeToString,
+            moestro_dot_v1_dot_inference__pb2.SetPlacementResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,3 +1,4 @@
+from moestro.protos.gen import inference_pb2 as _inference_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -69,18 +70,24 @@ class Limits(_message.Message):
     def __init__(self, vocab_size: _Optional[int] = ..., max_context: _Optional[int] = ..., max_waiting: _Optional[int] = ...) -> None: ...
 
 class Sequence(_message.Message):
-    __slots__ = ("sequence_id", "prompt_ids", "output_ids", "sampling", "priority")
+    __slots__ = ("sequence_id", "prompt_ids", "output_ids", "sampling", "priority", "max_chunk", "preempt_at", "trace")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    MAX_CHUNK_FIELD_NUMBER: _ClassVar[int]
+    PREEMPT_AT_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
     sequence_id: str
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
     output_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: Sampling
     priority: int
-    def __init__(self, sequence_id: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., output_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., priority: _Optional[int] = ...) -> None: ...
+    max_chunk: int
+    preempt_at: int
+    trace: bool
+    def __init__(self, sequence_id: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., output_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., priority: _Optional[int] = ..., max_chunk: _Optional[int] = ..., preempt_at: _Optional[int] = ..., trace: _Optional[bool] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "seed", "max_tokens", "min_tokens", "ignore_eos", "eos_token_ids", "stop_token_ids", "logprobs", "prompt_logprobs")
@@ -134,7 +141,7 @@ class Step(_message.Message):
     def __init__(self, deltas: _Optional[_Iterable[_Union[Delta, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
 
 class Delta(_message.Message):
-    __slots__ = ("sequence_id", "token_ids", "logprobs", "prompt_logprobs", "finish", "error", "ledger", "refused")
+    __slots__ = ("sequence_id", "token_ids", "logprobs", "prompt_logprobs", "finish", "error", "ledger", "refused", "trace")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -143,6 +150,7 @@ class Delta(_message.Message):
     ERROR_FIELD_NUMBER: _ClassVar[int]
     LEDGER_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
     sequence_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedCompositeFieldContainer[Logprobs]
@@ -151,7 +159,8 @@ class Delta(_message.Message):
     error: str
     ledger: Ledger
     refused: bool
-    def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[Logprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[Logprobs, _Mapping]]] = ..., finish: _Optional[_Union[Finish, str]] = ..., error: _Optional[str] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., refused: _Optional[bool] = ...) -> None: ...
+    trace: _containers.RepeatedCompositeFieldContainer[_inference_pb2.PositionTrace]
+    def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[Logprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[Logprobs, _Mapping]]] = ..., finish: _Optional[_Union[Finish, str]] = ..., error: _Optional[str] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., refused: _Optional[bool] = ..., trace: _Optional[_Iterable[_Union[_inference_pb2.PositionTrace, _Mapping]]] = ...) -> None: ...
 
 class Logprobs(_message.Message):
     __slots__ = ("absent", "token_id", "logprob", "top_ids", "top_logprobs")
@@ -198,3 +207,23 @@ class Load(_message.Message):
     num_steps: int
     step_s: float
     def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., num_steps: _Optional[int] = ..., step_s: _Optional[float] = ...) -> None: ...
+
+class GetGroupExpertsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetGroupExpertsResponse(_message.Message):
+    __slots__ = ("experts",)
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    experts: _inference_pb2.GroupExperts
+    def __init__(self, experts: _Optional[_Union[_inference_pb2.GroupExperts, _Mapping]] = ...) -> None: ...
+
+class SetGroupPlacementRequest(_message.Message):
+    __slots__ = ("request",)
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    request: _inference_pb2.SetPlacementRequest
+    def __init__(self, request: _Optional[_Union[_inference_pb2.SetPlacementRequest, _Mapping]] = ...) -> None: ...
+
+class SetGroupPlacementResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

@@ -40,6 +40,16 @@ class RankServiceStub:
                 request_serializer=moestro_dot_internal_dot_v1_dot_rank__pb2.AttachRequest.SerializeToString,
                 response_deserializer=moestro_dot_internal_dot_v1_dot_rank__pb2.AttachResponse.FromString,
                 _registered_method=True)
+        self.GetGroupExperts = channel.unary_unary(
+                '/moestro.internal.v1.RankService/GetGroupExperts',
+                request_serializer=moestro_dot_internal_dot_v1_dot_rank__pb2.GetGroupExpertsRequest.SerializeToString,
+                response_deserializer=moestro_dot_internal_dot_v1_dot_rank__pb2.GetGroupExpertsResponse.FromString,
+                _registered_method=True)
+        self.SetGroupPlacement = channel.unary_unary(
+                '/moestro.internal.v1.RankService/SetGroupPlacement',
+                request_serializer=moestro_dot_internal_dot_v1_dot_rank__pb2.SetGroupPlacementRequest.SerializeToString,
+                response_deserializer=moestro_dot_internal_dot_v1_dot_rank__pb2.SetGroupPlacementResponse.FromString,
+                _registered_method=True)
 
 
 class RankServiceServicer:
@@ -53,6 +63,20 @@ class RankServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetGroupExperts(self, request, context):
+        """The experts of the rank's whole group, as every rank of it knows them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetGroupPlacement(self, request, context):
+        """Asks the whole group to move its experts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RankServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +84,16 @@ def add_RankServiceServicer_to_server(servicer, server):
                     servicer.Attach,
                     request_deserializer=moestro_dot_internal_dot_v1_dot_rank__pb2.AttachRequest.FromString,
                     response_serializer=moestro_dot_internal_dot_v1_dot_rank__pb2.AttachResponse.SerializeToString,
+            ),
+            'GetGroupExperts': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetGroupExperts,
+                    request_deserializer=moestro_dot_internal_dot_v1_dot_rank__pb2.GetGroupExpertsRequest.FromString,
+                    response_serializer=moestro_dot_internal_dot_v1_dot_rank__pb2.GetGroupExpertsResponse.SerializeToString,
+            ),
+            'SetGroupPlacement': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetGroupPlacement,
+                    request_deserializer=moestro_dot_internal_dot_v1_dot_rank__pb2.SetGroupPlacementRequest.FromString,
+                    response_serializer=moestro_dot_internal_dot_v1_dot_rank__pb2.SetGroupPlacementResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +124,60 @@ class RankService:
             '/moestro.internal.v1.RankService/Attach',
             moestro_dot_internal_dot_v1_dot_rank__pb2.AttachRequest.SerializeToString,
             moestro_dot_internal_dot_v1_dot_rank__pb2.AttachResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetGroupExperts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moestro.internal.v1.RankService/GetGroupExperts',
+            moestro_dot_internal_dot_v1_dot_rank__pb2.GetGroupExpertsRequest.SerializeToString,
+            moestro_dot_internal_dot_v1_dot_rank__pb2.GetGroupExpertsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetGroupPlacement(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moestro.internal.v1.RankService/SetGroupPlacement',
+            moestro_dot_internal_dot_v1_dot_rank__pb2.SetGroupPlacementRequest.SerializeToString,
+            moestro_dot_internal_dot_v1_dot_rank__pb2.SetGroupPlacementResponse.FromString,
             options,
             channel_credentials,
             insecure,
