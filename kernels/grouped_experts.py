@@ -27,6 +27,9 @@ class GroupedExperts(Protocol):
     is quick and belongs between two calls of ``apply``.
     """
 
+    @property
+    def shape(self) -> ExpertShape: ...
+
     def apply(self, x_RD: Tensor, counts_L: Tensor) -> Tensor: ...
 
     def stage(self, fill: Fill) -> Any:

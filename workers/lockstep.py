@@ -21,9 +21,10 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 from moestro.router.mesh import Collectives, Mesh, StoreAddress
 
@@ -39,6 +40,19 @@ class LockstepBroken(RuntimeError):
     """The ranks no longer agree on where they are. The group must be formed anew."""
 
 
+class Note(NamedTuple):
+    """What a rank tells all others at the head of a step beside its tokens."""
+
+    done: int = 0  # its background tasks are done up to this number
+    failed: int = 0  # the number of one that failed, 0 for none
+    command_bytes: int = 0  # of a command that it will broadcast once this is agreed on
+    clock_ns: int = 0
+    wait_ns: int = 0  # how long it waited for the others in its last step
+
+
+NOTHING = Note()
+
+
 @dataclass(frozen=True, slots=True)
 class StepAgreement:
     """What all ranks know at the head of a step, the same on each."""
@@ -46,6 +60,7 @@ class StepAgreement:
     step: int
     tokens_per_rank: tuple[int, ...]
     stopping: tuple[bool, ...]  # by rank: has it been asked to stop?
+    notes: tuple[Note, ...]
 
     @property
     def stop(self) -> bool:
@@ -63,9 +78,15 @@ class Lockstep(Protocol):
         """The leader's messages and clock reading (seconds), on every rank of its tensor-parallel set. What the other
         ranks pass is dropped. Collective within the set."""
 
-    def agree(self, num_tokens: int) -> StepAgreement:
-        """Tells all ranks how many tokens this one has planned. Collective; raises LockstepBroken when the ranks are
-        in different steps or the ranks of a tensor-parallel set planned different numbers."""
+    def agree(self, num_tokens: int, note: Note = NOTHING) -> StepAgreement:
+        """Tells all ranks how many tokens this one has planned, and a note. Collective; raises LockstepBroken when the
+        ranks are in different steps or the ranks of a tensor-parallel set planned different numbers."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[ranks, *x.shape]: every rank's ``x``, small, on the host, all of one shape. Collective."""
+
+    def broadcast(self, data: bytes, root: int, num_bytes: int) -> bytes:
+        """The root's ``num_bytes`` bytes, on every rank; what the others pass is dropped. Collective."""
 
     def sleep(self) -> None:
         """Blocks, using no processor time, until some rank calls ``wake`` or ``stop``. Collective: only after an
@@ -93,10 +114,16 @@ class SoloLockstep:
     def begin(self, inbox: list[bytes], now: float) -> tuple[list[bytes], float]:
         return inbox, now
 
-    def agree(self, num_tokens: int) -> StepAgreement:
-        agreement = StepAgreement(self._step, (num_tokens,), (self._stopping,))
+    def agree(self, num_tokens: int, note: Note = NOTHING) -> StepAgreement:
+        agreement = StepAgreement(self._step, (num_tokens,), (self._stopping,), (note,))
         self._step += 1
         return agreement
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x.unsqueeze(0)
+
+    def broadcast(self, data: bytes, root: int, num_bytes: int) -> bytes:
+        return data
 
     def sleep(self) -> None:
         self._woken.wait()
@@ -135,10 +162,10 @@ class GroupLockstep:
             return inbox, now
         return share_inbox(self._tp_control, inbox, now)
 
-    def agree(self, num_tokens: int) -> StepAgreement:
-        mine = torch.tensor([self._step, num_tokens, self._stopping], dtype=torch.int64)
+    def agree(self, num_tokens: int, note: Note = NOTHING) -> StepAgreement:
+        mine = torch.tensor([self._step, num_tokens, self._stopping, *note], dtype=torch.int64)
         rows = self._control.all_gather(mine).tolist()
-        steps, tokens, stopping = zip(*rows, strict=True)
+        steps, tokens, stopping, *notes = zip(*rows, strict=True)
         if len(set(steps)) > 1:
             raise LockstepBroken(f"ranks are in different steps: {list(steps)}")
         for leader in range(0, len(tokens), self._tp):
@@ -148,7 +175,17 @@ class GroupLockstep:
                     f"tokens: {list(tokens[leader : leader + self._tp])}"
                 )
         self._step += 1
-        return StepAgreement(steps[0], tuple(tokens), tuple(map(bool, stopping)))
+        return StepAgreement(
+            steps[0], tuple(tokens), tuple(map(bool, stopping)), tuple(map(Note._make, zip(*notes, strict=True)))
+        )
+
+    def gather(self, x: Tensor) -> Tensor:
+        return self._control.all_gather(x)
+
+    def broadcast(self, data: bytes, root: int, num_bytes: int) -> bytes:
+        leads = self._control.rank == root
+        buffer = torch.frombuffer(bytearray(data if leads else bytes(num_bytes)), dtype=torch.uint8)
+        return bytes(self._control.broadcast_(buffer, root).numpy())
 
     def sleep(self) -> None:
         key = str(self._sleeps)

@@ -110,10 +110,11 @@ def _gather_tokens(y_tM: Tensor, num_tokens: int, tp: TensorParallel) -> Tensor:
     return torch.cat([all_XM[r * longest : r * longest + stop - start] for r, (start, stop) in enumerate(shards)])
 
 
-def expert_fill(source: WeightSource, prefix: str, expert: int, width: int) -> Fill:
+def expert_fill(source: WeightSource, prefix: str, expert: int) -> Fill:
     """Reads one logical expert of the layer whose weights begin with ``prefix``."""
 
     def fill(gate_up_2WM: Tensor, down_MW: Tensor) -> None:
+        width = down_MW.shape[1]
         name = f"{prefix}experts.{expert}."
         source.read_(gate_up_2WM[:width], name + "gate_proj.weight")
         source.read_(gate_up_2WM[width:], name + "up_proj.weight")
@@ -136,10 +137,7 @@ def build_moe(
     gate = read_linear(source, prefix + "gate.weight", spec.gate.num_experts, hidden_size)
     experts = make_experts(
         ExpertShape(spec.width, hidden_size, source.dtype, source.device),
-        [
-            None if expert == EMPTY else expert_fill(source, prefix, expert, spec.width)
-            for expert in layout.local_experts
-        ],
+        [None if expert == EMPTY else expert_fill(source, prefix, expert) for expert in layout.local_experts],
     )
     shared = None
     if spec.shared_width is not None:
