@@ -12,15 +12,16 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from moestro.protos.errors import CheckpointError
+from moestro.router.gate import GateSpec
 from moestro.workers.config_fields import Fields, parse_dtype, parse_rope
 from moestro.workers.model_config import (
     AttentionSpec,
     DenseSpec,
-    GateSpec,
     LayerSpec,
     ModelConfig,
     MoeSpec,
     QKNorm,
+    SharedSpec,
 )
 
 
@@ -74,7 +75,7 @@ def _qwen2_moe(fields: Fields, layer: int) -> DenseSpec | MoeSpec:
     mlp = _qwen_moe(fields, layer)
     if isinstance(mlp, DenseSpec):
         return mlp
-    return MoeSpec(mlp.gate, mlp.width, fields.integer("shared_expert_intermediate_size"))
+    return replace(mlp, shared=SharedSpec(fields.integer("shared_expert_intermediate_size"), gated=True))
 
 
 def _no_window(fields: Fields, layer: int) -> None:

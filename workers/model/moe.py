@@ -15,34 +15,20 @@ import torch
 from torch import Tensor
 
 from moestro.kernels.grouped_experts import GroupedExperts, make_experts
-from moestro.kernels.linear import Linear, PlainLinear
-from moestro.router.gate import softmax_topk
-from moestro.router.parallel import NoTensorParallel, TensorParallel
+from moestro.router.parallel import TensorParallel
 from moestro.router.transport import Transport
-from moestro.workers.model.mlp import DenseMlp, build_mlp
+from moestro.workers.model.gate import Gate, build_gate
 from moestro.workers.model.sharding import token_shard
-from moestro.workers.model.weights import WeightSource, read, read_linear
-from moestro.workers.model_config import DenseSpec, GateSpec, MoeSpec
-
-
-@dataclass(frozen=True, slots=True)
-class SharedExpert:
-    """An expert for every token, scaled by the sigmoid of its own gate. Held whole on every rank: it works on the
-    rank's own share of the tokens."""
-
-    mlp: DenseMlp
-    gate: Linear
-
-    def forward(self, x_tM: Tensor) -> Tensor:
-        return torch.sigmoid(self.gate.apply(x_tM)) * self.mlp.forward(x_tM)
+from moestro.workers.model.shared_expert import SharedExpert, build_shared_expert
+from moestro.workers.model.weights import WeightSource
+from moestro.workers.model_config import MoeSpec
 
 
 @dataclass(frozen=True, slots=True)
 class MoeMlp:
     """One mixture layer on one rank."""
 
-    spec: GateSpec
-    gate: Linear
+    gate: Gate
     experts: GroupedExperts
     shared: SharedExpert | None
     transport: Transport[Any]
@@ -56,7 +42,7 @@ class MoeMlp:
         return _gather_tokens(self._route(x_TM[start:stop]), x_TM.shape[0], self.tp)
 
     def _route(self, x_tM: Tensor) -> Tensor:
-        ids_tK, weights_tK = softmax_topk(self.gate.apply(x_tM), self.spec.top_k, self.spec.renormalize)
+        ids_tK, weights_tK = self.gate.route(x_tM)
         dispatched, handle = self.transport.dispatch(x_tM, ids_tK)
         y_RM = self.experts.apply(dispatched.x_RD, dispatched.counts_L)
         y_tM = self.transport.combine(y_RM, weights_tK, handle)
@@ -93,12 +79,7 @@ def build_moe(
         source.read_(gate_up_2WM[spec.width :], expert + "up_proj.weight")
         source.read_(down_MW, expert + "down_proj.weight")
 
-    gate = read_linear(source, prefix + "gate.weight", spec.gate.num_experts, hidden_size)
+    gate = build_gate(spec.gate, hidden_size, prefix + "gate.", source)
     experts = make_experts(len(local_experts), spec.width, hidden_size, source.dtype, source.device, fill)
-    shared = None
-    if spec.shared_width is not None:
-        mlp = build_mlp(
-            DenseSpec(spec.shared_width), hidden_size, prefix + "shared_expert.", source, NoTensorParallel()
-        )
-        shared = SharedExpert(mlp, PlainLinear(read(source, prefix + "shared_expert_gate.weight", 1, hidden_size)))
-    return MoeMlp(spec.gate, gate, experts, shared, transport, tp)
+    shared = None if spec.shared is None else build_shared_expert(spec.shared, hidden_size, prefix, source)
+    return MoeMlp(gate, experts, shared, transport, tp)
