@@ -133,6 +133,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     dtype: torch.dtype = torch.bfloat16  # what the checkpoint says it was saved in
     eos_token_ids: tuple[int, ...] = ()
+    num_draft_layers: int = 0  # layers after the last that draft tokens: they may be in the checkpoint and are not read
 
     @property
     def windows(self) -> tuple[int | None, ...]:

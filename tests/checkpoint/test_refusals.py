@@ -103,6 +103,31 @@ def test_layer_types_that_say_something_else(tmp_path, edit):
     refused(tmp_path, "config.json", "layer_types", "layer 1")
 
 
+GROUPS = {"n_routed_experts": 12, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4}
+
+
+@pytest.mark.parametrize(
+    ("fields", "parts"),
+    [
+        ({"n_group": 5}, ("n_group", "divide", "n_routed_experts 12", "5")),
+        ({"topk_group": 5}, ("topk_group", "at most n_group 4", "5")),
+        ({"n_group": 12}, ("n_group", "groups of 2 experts", "12")),
+        ({"num_experts_per_tok": 7}, ("num_experts_per_tok", "topk_group 2 groups, 6", "7")),
+        ({"n_group": 1, "topk_group": 1, "num_experts_per_tok": 13}, ("num_experts_per_tok", "n_routed_experts 12")),
+        ({"n_shared_experts": 0}, ("n_shared_experts", "at least 1", "0")),
+        ({"routed_scaling_factor": 0}, ("routed_scaling_factor", "above 0", "0")),
+        ({"rope_parameters": {"partial_rotary_factor": 1.5}}, ("partial_rotary_factor", "at most 1", "1.5")),
+        ({"rope_parameters": {"partial_rotary_factor": 0.3}}, ("head_dim", "even", "7 of 24")),
+        ({"rope_parameters": {"partial_rotary_factor": 0.01}}, ("head_dim", "even", "0 of 24")),
+        ({"num_nextn_predict_layers": -1}, ("num_nextn_predict_layers", "at least 0", "-1")),
+    ],
+)
+def test_a_gate_or_rope_that_cannot_be(tmp_path, edit, fields, parts):
+    save_model(make_model("glm4_moe"), tmp_path)
+    edit(tmp_path / "config.json", **(GROUPS | fields))
+    refused(tmp_path, "config.json", *parts)
+
+
 # tensors
 
 
