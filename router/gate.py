@@ -69,12 +69,14 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, spec: GateSpec) -> tuple[Ten
     signed = bias_E is not None
     keys_TE = _keys(choice_TE, signed)
     if spec.groups is not None:
-        keys_TE = _of_best_groups(keys_TE, choice_TE, signed, spec.groups)
+        _drop_groups_(keys_TE, choice_TE, signed, spec.groups)
     ids_TK = keys_TE.topk(spec.top_k, -1).indices
     weights_TK = scores_TE.gather(-1, ids_TK)
     if spec.renormalize:
-        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + _EPSILON)
-    return ids_TK, weights_TK if spec.scaling == 1.0 else weights_TK * spec.scaling
+        weights_TK /= weights_TK.sum(-1, keepdim=True).add_(_EPSILON)
+    if spec.scaling != 1.0:
+        weights_TK *= spec.scaling
+    return ids_TK, weights_TK
 
 
 def sigmoid(x: Tensor) -> Tensor:
@@ -92,18 +94,20 @@ def _keys(scores_TN: Tensor, signed: bool) -> Tensor:
 
     The bits of a non-negative float sort like the float. A double that was an fp32 has 29 bits to spare for the id.
     """
-    bits_TN = scores_TN.double().view(torch.int64)
-    # The bits of negative floats sort the other way round. Without any, all that the sign can say is which NaN it is.
-    ordered_TN = bits_TN ^ ((bits_TN >> 63) & _MAX) if signed else bits_TN & _MAX
-    return ordered_TN - torch.arange(scores_TN.shape[-1], device=scores_TN.device)
+    keys_TN = scores_TN.double().view(torch.int64)
+    if signed:  # the bits of negative floats sort the other way round
+        keys_TN ^= (keys_TN >> 63).bitwise_and_(_MAX)
+    else:  # only a NaN can have a sign
+        keys_TN &= _MAX
+    keys_TN -= torch.arange(scores_TN.shape[-1], device=scores_TN.device)
+    return keys_TN
 
 
-def _of_best_groups(keys_TE: Tensor, choice_TE: Tensor, signed: bool, groups: GroupSpec) -> Tensor:
-    """The keys, with those of the experts outside the chosen groups below all others."""
+def _drop_groups_(keys_TE: Tensor, choice_TE: Tensor, signed: bool, groups: GroupSpec) -> None:
+    """Puts the keys of experts outside the chosen groups below all others."""
     num_tokens, num_experts = keys_TE.shape
     shape = (num_tokens, groups.num_groups, num_experts // groups.num_groups)
     sums_TG = choice_TE.view(shape).topk(2, -1).values.sum(-1)
     group_keys_TG = _keys(sums_TG, signed)
     least_T1 = group_keys_TG.topk(groups.top_k, -1).values[:, -1:]
-    kept_TG1 = (group_keys_TG >= least_T1).unsqueeze(-1)
-    return torch.where(kept_TG1, keys_TE.view(shape), _MIN).view(num_tokens, num_experts)
+    keys_TE.view(shape).masked_fill_((group_keys_TG < least_T1).unsqueeze(-1), _MIN)
