@@ -31,6 +31,15 @@ _QWEN_MOE = {
     "decoder_sparse_step": 1,
     "norm_topk_prob": True,
 }
+_DEEPSEEK = {
+    "n_routed_experts": 12,
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 24,
+    "routed_scaling_factor": 1.5,
+}
 
 # Every row of the table of architectures, with the options that make it differ from the others.
 MODELS: dict[str, tuple[str, dict[str, object]]] = {
@@ -48,6 +57,22 @@ MODELS: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "qwen3_moe": ("Qwen3Moe", _QWEN_MOE | {"head_dim": 24, "attention_bias": True}),
     "olmoe": ("Olmoe", {"num_experts": 8, "num_experts_per_tok": 3, "clip_qkv": 1.5}),
+    "dots1": (
+        "Dots1",
+        _DEEPSEEK
+        | {
+            "num_hidden_layers": 3,
+            "first_k_dense_replace": 1,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 11,
+            "attention_bias": True,
+            "norm_topk_prob": False,
+        },
+    ),
+    "glm4_moe": (
+        "Glm4Moe",
+        _DEEPSEEK | {"first_k_dense_replace": 1, "head_dim": 24, "use_qk_norm": True, "attention_bias": True},
+    ),
     "llama": ("Llama", {"mlp_bias": True, "attention_bias": True, "tie_word_embeddings": True}),
     "mistral": ("Mistral", {"sliding_window": 9}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
@@ -66,6 +91,9 @@ def make_model(name: str, seed: int = 0, **options: object) -> transformers.PreT
                 parameter.uniform_(0.5, 1.5, generator=generator)
             else:
                 parameter.normal_(0.0, 0.15, generator=generator)
+        for key, buffer in model.named_buffers():
+            if key.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.3, generator=generator)
     return model
 
 

@@ -2,7 +2,8 @@
 
 A row says how the fields of ``config.json`` become blocks and how our names of weights become the checkpoint's. Our
 names are those of Llama and Qwen (``model.layers.3.self_attn.q_proj.weight``, ``...mlp.experts.5.gate_proj.weight``).
-A new architecture made of known blocks is a new row; one with a new block is a new spec and a block in ``model/``.
+The columns' functions are in ``mlp_fields.py`` and ``window_fields.py``. A new architecture made of known blocks is a
+new row; one with a new block is a new spec and a block in ``model/``.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ from types import MappingProxyType
 
 from moestro.protos.errors import CheckpointError
 from moestro.workers.config_fields import Fields, parse_dtype, parse_rope
-from moestro.workers.model_config import (
-    AttentionSpec,
-    DenseSpec,
-    GateSpec,
-    LayerSpec,
-    ModelConfig,
-    MoeSpec,
-    QKNorm,
+from moestro.workers.mlp_fields import deepseek_moe, dense, mixtral_moe, olmoe_moe, qwen2_moe, qwen_moe
+from moestro.workers.model_config import AttentionSpec, DenseSpec, LayerSpec, ModelConfig, MoeSpec, QKNorm
+from moestro.workers.window_fields import (
+    by_layer_type,
+    dots1_window,
+    every_layer,
+    every_layer_if_used,
+    from_max_window_layers,
+    no_window,
+    qwen2_moe_slides,
+    unless_null,
 )
 
 
@@ -31,10 +35,13 @@ class Architecture:
     mlp: Callable[[Fields, int], DenseSpec | MoeSpec]  # of a layer
     window: Callable[[Fields, int], int | None]  # of a layer
     qk_norm: QKNorm = QKNorm.NONE
+    qk_norm_if: str | None = None  # the flag that turns it on, off where absent
     bias: tuple[str | bool, str | bool] = (False, False)  # of q, k, v and of o: a field's name, or the answer
     default_head_dim: int | None = None  # None: hidden_size / num_attention_heads
     default_theta: float = 10_000.0
     default_eps: float = 1e-6
+    partial_rotary: float | None = None  # the default of partial_rotary_factor, in classes that have it
+    draft_layers: str | None = None  # the field that counts further layers, which draft tokens; 1 where absent
     renames: tuple[tuple[str, str], ...] = ()  # ours -> the checkpoint's, replaced within a name
 
     def checkpoint_name(self, name: str) -> str:
@@ -43,88 +50,13 @@ class Architecture:
         return name
 
 
-def _dense(fields: Fields, layer: int) -> DenseSpec:
-    return DenseSpec(fields.integer("intermediate_size"), fields.flag("mlp_bias", False))
-
-
-def _gate(fields: Fields, renormalize: bool) -> GateSpec:
-    # transformers 5 writes num_local_experts where older releases wrote num_experts, and the reverse.
-    name = "num_experts" if fields.has("num_experts") else "num_local_experts"
-    num_experts, top_k = fields.integer(name), fields.integer("num_experts_per_tok")
-    if top_k > num_experts:
-        raise fields.error("num_experts_per_tok", f"must be at most {name} {num_experts}, not {top_k}")
-    return GateSpec(num_experts, top_k, renormalize)
-
-
-def _mixtral_moe(fields: Fields, layer: int) -> MoeSpec:
-    return MoeSpec(_gate(fields, renormalize=True), fields.integer("intermediate_size"))
-
-
-def _olmoe_moe(fields: Fields, layer: int) -> MoeSpec:
-    return MoeSpec(_gate(fields, fields.flag("norm_topk_prob", False)), fields.integer("intermediate_size"))
-
-
-def _qwen_moe(fields: Fields, layer: int) -> DenseSpec | MoeSpec:
-    if layer in fields.integers("mlp_only_layers") or (layer + 1) % fields.integer("decoder_sparse_step", 1):
-        return DenseSpec(fields.integer("intermediate_size"))
-    return MoeSpec(_gate(fields, fields.flag("norm_topk_prob", False)), fields.integer("moe_intermediate_size"))
-
-
-def _qwen2_moe(fields: Fields, layer: int) -> DenseSpec | MoeSpec:
-    mlp = _qwen_moe(fields, layer)
-    if isinstance(mlp, DenseSpec):
-        return mlp
-    return MoeSpec(mlp.gate, mlp.width, fields.integer("shared_expert_intermediate_size"))
-
-
-def _no_window(fields: Fields, layer: int) -> None:
-    return None
-
-
-def _every_layer(fields: Fields, layer: int) -> int | None:
-    return fields.integer("sliding_window") if fields.has("sliding_window") else None
-
-
-def _mistral_window(fields: Fields, layer: int) -> int | None:
-    # Mistral's class has a window of 4096 where the field is absent; null turns it off.
-    return _every_layer(fields, layer) if "sliding_window" in fields.raw else 4096
-
-
-def _every_layer_if_used(fields: Fields, layer: int) -> int | None:
-    return fields.integer("sliding_window", 4096) if fields.flag("use_sliding_window", False) else None
-
-
-def _by_layer_type(slides: Callable[[Fields, int], bool]) -> Callable[[Fields, int], int | None]:
-    """The window where ``layer_types`` says so; configs from before that field follow ``slides``."""
-
-    def window(fields: Fields, layer: int) -> int | None:
-        if not fields.flag("use_sliding_window", False):
-            return None
-        types = fields.strings("layer_types")
-        if types is None:
-            sliding = slides(fields, layer)
-        elif layer >= len(types) or types[layer] not in ("full_attention", "sliding_attention"):
-            raise fields.error("layer_types", f"must say full_attention or sliding_attention for layer {layer}")
-        else:
-            sliding = types[layer] == "sliding_attention"
-        return fields.integer("sliding_window", 4096) if sliding else None
-
-    return window
-
-
-def _qwen2_moe_slides(fields: Fields, layer: int) -> bool:
-    return layer % 2 == 0 and layer < fields.integer("max_window_layers", 28, minimum=0)
-
-
-def _qwen3_slides(fields: Fields, layer: int) -> bool:
-    return layer >= fields.integer("max_window_layers", 28, minimum=0)
-
+_SHARED_EXPERTS = ((".shared_expert.", ".shared_experts."),)
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
         "MixtralForCausalLM": Architecture(
-            mlp=_mixtral_moe,
-            window=_every_layer,
+            mlp=mixtral_moe,
+            window=every_layer,
             default_theta=1_000_000.0,
             default_eps=1e-5,
             renames=(
@@ -135,26 +67,44 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             ),
         ),
         "Qwen2MoeForCausalLM": Architecture(
-            mlp=_qwen2_moe, window=_by_layer_type(_qwen2_moe_slides), bias=("qkv_bias", False)
+            mlp=qwen2_moe, window=by_layer_type(qwen2_moe_slides), bias=("qkv_bias", False)
         ),
         "Qwen3MoeForCausalLM": Architecture(
-            mlp=_qwen_moe,
-            window=_every_layer_if_used,
+            mlp=qwen_moe,
+            window=every_layer_if_used,
             qk_norm=QKNorm.HEAD,
             bias=("attention_bias", "attention_bias"),
         ),
         "OlmoeForCausalLM": Architecture(
-            mlp=_olmoe_moe,
-            window=_no_window,
+            mlp=olmoe_moe,
+            window=no_window,
             qk_norm=QKNorm.FULL,
             bias=("attention_bias", "attention_bias"),
             default_eps=1e-5,
         ),
-        "LlamaForCausalLM": Architecture(mlp=_dense, window=_no_window, bias=("attention_bias", "attention_bias")),
-        "MistralForCausalLM": Architecture(mlp=_dense, window=_mistral_window),
+        "Dots1ForCausalLM": Architecture(
+            mlp=deepseek_moe(first_dense=0, renormalize=False),
+            window=dots1_window,
+            qk_norm=QKNorm.HEAD,
+            bias=("attention_bias", "attention_bias"),
+            renames=_SHARED_EXPERTS,
+        ),
+        "Glm4MoeForCausalLM": Architecture(
+            mlp=deepseek_moe(first_dense=1, renormalize=True),
+            window=no_window,
+            qk_norm=QKNorm.HEAD,
+            qk_norm_if="use_qk_norm",
+            bias=("attention_bias", False),
+            default_eps=1e-5,
+            partial_rotary=0.5,
+            draft_layers="num_nextn_predict_layers",
+            renames=_SHARED_EXPERTS,
+        ),
+        "LlamaForCausalLM": Architecture(mlp=dense, window=no_window, bias=("attention_bias", "attention_bias")),
+        "MistralForCausalLM": Architecture(mlp=dense, window=unless_null),
         "Qwen3ForCausalLM": Architecture(
-            mlp=_dense,
-            window=_by_layer_type(_qwen3_slides),
+            mlp=dense,
+            window=by_layer_type(from_max_window_layers(28)),
             qk_norm=QKNorm.HEAD,
             bias=("attention_bias", "attention_bias"),
             default_head_dim=128,
@@ -189,12 +139,13 @@ def parse_config(raw: Mapping[str, object], source: str = "config.json") -> Mode
             LayerSpec(replace(attention, window=row.window(fields, layer)), row.mlp(fields, layer))
             for layer in range(num_layers)
         ),
-        rope=parse_rope(fields, attention.head_dim, row.default_theta),
+        rope=parse_rope(fields, attention.head_dim, row.default_theta, row.partial_rotary),
         norm_eps=fields.number("rms_norm_eps", row.default_eps),
         max_position=fields.integer("max_position_embeddings"),
         tie_embeddings=fields.flag("tie_word_embeddings", False),
         dtype=parse_dtype(fields),
         eos_token_ids=fields.integers("eos_token_id"),
+        num_draft_layers=fields.integer(row.draft_layers, 1, minimum=0) if row.draft_layers else 0,
     )
 
 
@@ -211,6 +162,7 @@ def _attention(row: Architecture, fields: Fields, hidden_size: int) -> Attention
         fields.flag(bias, bias == "qkv_bias") if isinstance(bias, str) else bias
         for bias in row.bias
     )
+    has_norm = row.qk_norm_if is None or fields.flag(row.qk_norm_if, False)
     return AttentionSpec(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -218,7 +170,7 @@ def _attention(row: Architecture, fields: Fields, hidden_size: int) -> Attention
         scale=head_dim**-0.5,
         qkv_bias=qkv_bias,
         out_bias=out_bias,
-        qk_norm=row.qk_norm,
+        qk_norm=row.qk_norm if has_norm else QKNorm.NONE,
         clip_qkv=fields.number("clip_qkv") if row.qk_norm is QKNorm.FULL and fields.has("clip_qkv") else None,
     )
 

@@ -22,6 +22,7 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _DTYPES = ("F32", "BF16", "F16")
 _EXPERT = re.compile(r"(?P<prefix>.*\.experts\.)(?P<expert>\d+)\.(?P<part>gate|up|down)_proj\.weight")
+_ANY_EXPERT = re.compile(r"model\.layers\.(?P<layer>\d+)\..*\bexperts\.(?P<expert>\d+)\..*")  # of any architecture
 _UNUSED = re.compile(r".*\.rotary_emb\.inv_freq")  # a buffer that old releases of transformers saved
 
 
@@ -98,53 +99,94 @@ def _find_sharded(folder: Path) -> dict[str, TensorInfo]:
             raise CheckpointError(f"{shard}: {_INDEX} names this shard, but it is missing")
         for name, info in read_header(folder / shard).items():
             if name in tensors:
-                raise CheckpointError(f"{shard}: tensor {name}: it is in {tensors[name].file.name} as well")
+                said = _of_expert(name, "layer {layer} has expert {expert} in two files: ")
+                raise CheckpointError(f"{said}tensor {name}: is in {tensors[name].file.name} and in {shard}")
             if name not in weight_map:
                 raise CheckpointError(f"{shard}: tensor {name}: {_INDEX} does not name it")
             tensors[name] = info
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name].file.name != shard:
-            raise CheckpointError(f"{shard}: tensor {name}: {_INDEX} names it, but it is not in this file")
+            said = _of_expert(name, "layer {layer} has no expert {expert}: ")
+            raise CheckpointError(f"{said}{shard}: tensor {name}: {_INDEX} names it, but it is not in this file")
     return tensors
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a checkpoint may keep one of our tensors: the tensor's name there, its whole shape, and the first row."""
+
+    name: str
+    shape: tuple[int, ...]
+    row: int = 0
 
 
 def _place(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> dict[str, Piece]:
     """Finds every tensor of the config, and refuses any other."""
     row = architecture_of(config)
-    used = {name for name in tensors if _UNUSED.fullmatch(name)}
+    used = {name for name in tensors if _UNUSED.fullmatch(name)} | _draft_tensors(config, tensors)
     if config.tie_embeddings:
         used.add("lm_head.weight")
     pieces: dict[str, Piece] = {}
     for name, shape in tensor_shapes(config).items():
-        found, expected, first = _find(row, name, shape, tensors, config.num_experts)
-        info = tensors[found]
-        if info.shape != expected:
-            raise CheckpointError(f"{info.file.name}: tensor {found}: shape must be {expected}, not {info.shape}")
-        if info.dtype not in _DTYPES:
-            raise CheckpointError(
-                f"{info.file.name}: tensor {found}: dtype must be one of {', '.join(_DTYPES)}, not {info.dtype}"
-            )
-        pieces[name] = Piece(info, first, shape)
-        used.add(found)
+        places = _places(row, name, shape, config.num_experts)
+        place = _the_only(places, tensors)
+        info = tensors[place.name]
+        _check(place, info)
+        pieces[name] = Piece(info, place.row, shape)
+        used.add(place.name)
     for name, info in tensors.items():
         if name not in used:
-            raise CheckpointError(f"{info.file.name}: tensor {name}: {config.architecture} has no such tensor")
+            said = _of_expert(
+                name, f"layer {{layer}} must have experts 0 to {config.num_experts - 1}, not {{expert}}: "
+            )
+            raise CheckpointError(f"{said}{info.file.name}: tensor {name}: {config.architecture} has no such tensor")
     return pieces
 
 
-def _find(
-    row: Architecture, name: str, shape: tuple[int, ...], tensors: Mapping[str, TensorInfo], num_experts: int
-) -> tuple[str, tuple[int, ...], int]:
-    """The checkpoint's name, its whole shape there, and the first row: the architecture's own name, or that of
-    transformers' modules, whose experts are one tensor per layer."""
-    theirs = row.checkpoint_name(name)
-    for candidate in (theirs, name):
-        if candidate in tensors:
-            return candidate, shape, 0
+def _draft_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> set[str]:
+    first = len(config.layers)
+    prefixes = tuple(f"model.layers.{layer}." for layer in range(first, first + config.num_draft_layers))
+    return {name for name in tensors if name.startswith(prefixes)}
+
+
+def _places(row: Architecture, name: str, shape: tuple[int, ...], num_experts: int) -> list[_Place]:
+    """The architecture's own name first, then that of transformers' modules, whose experts are one tensor per layer."""
+    places = [_Place(candidate, shape) for candidate in dict.fromkeys((row.checkpoint_name(name), name))]
     if match := _EXPERT.fullmatch(name):
         part, expert = match["part"], int(match["expert"])
         stacked = match["prefix"] + ("down_proj" if part == "down" else "gate_up_proj")
-        if stacked in tensors:
-            rows = shape[0] if part == "down" else 2 * shape[0]
-            return stacked, (num_experts, rows, shape[1]), expert * rows + (shape[0] if part == "up" else 0)
-    raise CheckpointError(f"tensor {theirs}: is missing from the checkpoint")
+        rows = shape[0] if part == "down" else 2 * shape[0]
+        first = expert * rows + (shape[0] if part == "up" else 0)
+        places.append(_Place(stacked, (num_experts, rows, shape[1]), first))
+    return places
+
+
+def _the_only(places: list[_Place], tensors: Mapping[str, TensorInfo]) -> _Place:
+    found = [place for place in places if place.name in tensors]
+    if len(found) == 1:
+        return found[0]
+    name = places[0].name
+    if not found:
+        said = _of_expert(name, "layer {layer} has no expert {expert}: ")
+        raise CheckpointError(f"{said}tensor {name}: is missing from the checkpoint")
+    both = " and ".join(f"{place.name} in {tensors[place.name].file.name}" for place in found)
+    said = _of_expert(name, "layer {layer} has expert {expert} twice: ")
+    raise CheckpointError(f"{said}tensor {name}: is there as {both}")
+
+
+def _check(place: _Place, info: TensorInfo) -> None:
+    where = f"{info.file.name}: tensor {place.name}"
+    if info.shape != place.shape:
+        said = ""
+        if len(place.shape) == 3 and info.shape[1:] == place.shape[1:]:  # all of a layer's experts, but not as many
+            layer = place.name.split(".")[2]
+            said = f"layer {layer} has {info.shape[0]} experts, and must have {place.shape[0]}: "
+        raise CheckpointError(f"{said}{where}: shape must be {place.shape}, not {info.shape}")
+    if info.dtype not in _DTYPES:
+        raise CheckpointError(f"{where}: dtype must be one of {', '.join(_DTYPES)}, not {info.dtype}")
+
+
+def _of_expert(name: str, template: str) -> str:
+    """The template with ``{layer}`` and ``{expert}`` filled in for a tensor of an expert; nothing for any other."""
+    match = _ANY_EXPERT.fullmatch(name)
+    return template.format(**match.groupdict()) if match else ""

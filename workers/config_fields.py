@@ -94,16 +94,20 @@ def parse_dtype(fields: Fields) -> torch.dtype:
     return _DTYPES[str(value)]
 
 
-def parse_rope(fields: Fields, head_dim: int, default_theta: float) -> RopeSpec:
-    """``rope_parameters`` (transformers 5), or ``rope_theta`` with ``rope_scaling`` (before)."""
+def parse_rope(fields: Fields, head_dim: int, default_theta: float, partial_rotary: float | None) -> RopeSpec:
+    """``rope_parameters`` (transformers 5), or ``rope_theta`` with ``rope_scaling`` (before). ``partial_rotary`` is the
+    default of ``partial_rotary_factor``, None for a class that rotates whole heads."""
     max_position = fields.integer("max_position_embeddings")
     scaling = fields.child("rope_parameters") or fields.child("rope_scaling") or Fields({}, fields.source)
     theta = scaling.number("rope_theta", fields.number("rope_theta", default_theta))
-    if scaling.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0)) != 1.0:
-        raise scaling.error("partial_rotary_factor", "other than 1 is not used by any architecture served here")
-    if head_dim % 2:
-        raise fields.error("head_dim", f"must be even for rope, not {head_dim}")
-    return RopeSpec(theta, head_dim, _parse_scaling(scaling, max_position))
+    rotated = scaling.number("partial_rotary_factor", fields.number("partial_rotary_factor", partial_rotary or 1.0))
+    if rotated > 1.0 or (rotated != 1.0 and partial_rotary is None):
+        allowed = "1, since this architecture rotates whole heads" if partial_rotary is None else "at most 1"
+        raise scaling.error("partial_rotary_factor", f"must be {allowed}, not {rotated}")
+    rotary_dim = int(head_dim * rotated)
+    if rotary_dim % 2 or rotary_dim == 0:
+        raise fields.error("head_dim", f"must have an even part for rope, not {rotary_dim} of {head_dim}")
+    return RopeSpec(theta, rotary_dim, _parse_scaling(scaling, max_position))
 
 
 def _parse_scaling(fields: Fields, max_position: int) -> RopeScaling | None:

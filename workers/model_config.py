@@ -10,6 +10,8 @@ from enum import Enum
 
 import torch
 
+from moestro.router.gate import GateSpec
+
 
 @dataclass(frozen=True, slots=True)
 class LinearScaling:
@@ -92,22 +94,21 @@ class DenseSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class GateSpec:
-    """Softmax over ``num_experts``, the ``top_k`` largest, divided by their sum if ``renormalize``."""
+class SharedSpec:
+    """A SwiGLU expert for every token. Its output is scaled by the sigmoid of a gate of its own if ``gated``
+    (Qwen2-MoE). Several shared experts without a gate (DeepSeek) are one of their joint ``width``."""
 
-    num_experts: int
-    top_k: int
-    renormalize: bool
+    width: int
+    gated: bool
 
 
 @dataclass(frozen=True, slots=True)
 class MoeSpec:
-    """SwiGLU experts of ``width`` behind a gate, and an expert for every token if ``shared_width``: its output is
-    scaled by the sigmoid of a gate of its own (Qwen2-MoE)."""
+    """SwiGLU experts of ``width`` behind a gate, and the shared one, which is added to their result."""
 
     gate: GateSpec
     width: int
-    shared_width: int | None = None
+    shared: SharedSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +133,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     dtype: torch.dtype = torch.bfloat16  # what the checkpoint says it was saved in
     eos_token_ids: tuple[int, ...] = ()
+    num_draft_layers: int = 0  # layers after the last that draft tokens: they may be in the checkpoint and are not read
 
     @property
     def windows(self) -> tuple[int | None, ...]:

@@ -62,8 +62,8 @@ def _layer_weights(
         return dense, dense
     gate, expert = layer.mlp.gate, 3.0 * width * layer.mlp.width
     dense += width * gate.num_experts
-    if layer.mlp.shared_width is not None:
-        dense += 3 * width * layer.mlp.shared_width + width
+    if (shared := layer.mlp.shared) is not None:
+        dense += 3 * width * shared.width + width * shared.gated
     distinct = distinct_experts
     if distinct is None:
         distinct = expected_distinct(gate.num_experts, gate.top_k, num_tokens)

@@ -14,13 +14,15 @@ from safetensors.torch import load_file, save_file
 from tests.model.oracle import Driver, reference_logits
 from torch import Tensor
 
+from moestro.protos.errors import CheckpointError
 from moestro.router.expert_parallel import ExpertParallel
+from moestro.router.gate import route
 from moestro.router.placement import EMPTY, Placement
 from moestro.router.transport import LocalTransport
 from moestro.workers.checkpoint import open_checkpoint
 from moestro.workers.loading import Progress, load_model, random_model
 
-MOE = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"]
+MOE = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "dots1", "glm4_moe"]
 
 
 def logits_of(decoder) -> Tensor:
@@ -68,6 +70,38 @@ def test_what_old_releases_saved_beside_the_weights_is_ignored(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     ids = random_ids(12, seed=9)
     torch.testing.assert_close(logits_of(load_model(tmp_path)), reference_logits(model, ids), rtol=0, atol=2e-4)
+
+
+def test_layers_that_draft_tokens_are_not_read(tmp_path):
+    """As in GLM-4.5, whose checkpoints end in such a layer; a layer after those is refused."""
+    model = make_model("glm4_moe", num_mtp_layers=2)
+    save_model(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors |= {f"model.layers.{layer}.eh_proj.weight": torch.zeros(4) for layer in (2, 3)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    ids = random_ids(12, seed=9)
+    torch.testing.assert_close(logits_of(load_model(tmp_path)), reference_logits(model, ids), rtol=0, atol=2e-4)
+    save_file(tensors | {"model.layers.4.eh_proj.weight": torch.zeros(4)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.layers\.4\.eh_proj\.weight.*no such tensor"):
+        load_model(tmp_path)
+
+
+def test_a_correction_bias_stays_in_fp32_and_so_does_its_gate(tmp_path):
+    model = make_model("glm4_moe").to(torch.bfloat16)
+    save_model(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert tensors[name].dtype == torch.bfloat16, "Module.to rounds buffers; a checkpoint of the real thing does not"
+    tensors[name] = torch.rand(12) + torch.rand(12) / 1024
+    save_file(tensors, tmp_path / "model.safetensors")
+    gate = load_model(tmp_path).layers[1].mlp.gate
+    assert torch.equal(gate.bias_E, tensors[name])
+    x_TM = torch.randn(7, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    want_TE = torch.nn.functional.linear(x_TM.float(), tensors["model.layers.1.mlp.gate.weight"].float())
+    want_ids_TK, want_weights_TK = route(want_TE, tensors[name], gate.spec)
+    ids_TK, weights_TK = gate.route(x_TM)
+    assert torch.equal(ids_TK, want_ids_TK)
+    torch.testing.assert_close(weights_TK, want_weights_TK, rtol=1e-5, atol=1e-7)
 
 
 def num_experts_in(folder):

@@ -103,6 +103,31 @@ def test_layer_types_that_say_something_else(tmp_path, edit):
     refused(tmp_path, "config.json", "layer_types", "layer 1")
 
 
+GROUPS = {"n_routed_experts": 12, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4}
+
+
+@pytest.mark.parametrize(
+    ("fields", "parts"),
+    [
+        ({"n_group": 5}, ("n_group", "divide", "n_routed_experts 12", "5")),
+        ({"topk_group": 5}, ("topk_group", "at most n_group 4", "5")),
+        ({"n_group": 12}, ("n_group", "groups of 2 experts", "12")),
+        ({"num_experts_per_tok": 7}, ("num_experts_per_tok", "topk_group 2 groups, 6", "7")),
+        ({"n_group": 1, "topk_group": 1, "num_experts_per_tok": 13}, ("num_experts_per_tok", "n_routed_experts 12")),
+        ({"n_shared_experts": 0}, ("n_shared_experts", "at least 1", "0")),
+        ({"routed_scaling_factor": 0}, ("routed_scaling_factor", "above 0", "0")),
+        ({"rope_parameters": {"partial_rotary_factor": 1.5}}, ("partial_rotary_factor", "at most 1", "1.5")),
+        ({"rope_parameters": {"partial_rotary_factor": 0.3}}, ("head_dim", "even", "7 of 24")),
+        ({"rope_parameters": {"partial_rotary_factor": 0.01}}, ("head_dim", "even", "0 of 24")),
+        ({"num_nextn_predict_layers": -1}, ("num_nextn_predict_layers", "at least 0", "-1")),
+    ],
+)
+def test_a_gate_or_rope_that_cannot_be(tmp_path, edit, fields, parts):
+    save_model(make_model("glm4_moe"), tmp_path)
+    edit(tmp_path / "config.json", **(GROUPS | fields))
+    refused(tmp_path, "config.json", *parts)
+
+
 # tensors
 
 
@@ -127,11 +152,72 @@ def test_a_wrong_dtype(folder, dtype):
     refused(folder, WEIGHTS, TENSOR, "dtype", "BF16")
 
 
+# experts
+
+DOWN = "model.layers.1.mlp.experts.7.down_proj.weight"
+
+
+def test_a_missing_expert(folder):
+    resave(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if ".1.mlp.experts.7." in name])
+    refused(folder, "layer 1 has no expert 7", "model.layers.1.mlp.experts.7.gate_proj.weight", "missing")
+
+
+def test_a_missing_part_of_an_expert(folder):
+    resave(folder, lambda tensors: tensors.pop(DOWN))
+    refused(folder, "layer 1 has no expert 7", DOWN, "missing")
+
+
 def test_a_missing_expert_of_a_mixtral_goes_by_its_own_name(tmp_path):
     save_model(make_model("mixtral"), tmp_path)
     name = "model.layers.0.block_sparse_moe.experts.3.w3.weight"
     resave(tmp_path, lambda tensors: tensors.pop(name))
-    refused(tmp_path, name, "missing")
+    refused(tmp_path, "layer 0 has no expert 3", name, "missing")
+
+
+def test_a_missing_expert_that_the_index_names(sharded):
+    shard = json.loads((sharded / INDEX).read_text())["weight_map"][DOWN]
+    tensors = load_file(sharded / shard)
+    del tensors[DOWN]
+    save_file(tensors, sharded / shard)
+    refused(sharded, "layer 1 has no expert 7", shard, DOWN, INDEX)
+
+
+def test_an_expert_in_two_shards(sharded):
+    names = json.loads((sharded / INDEX).read_text())["weight_map"]
+    other = next(shard for shard in names.values() if shard != names[DOWN])
+    tensors = load_file(sharded / other)
+    tensors[DOWN] = load_file(sharded / names[DOWN])[DOWN]
+    save_file(tensors, sharded / other)
+    refused(sharded, "layer 1 has expert 7 in two files", DOWN, other, names[DOWN])
+
+
+def test_an_expert_by_itself_and_within_its_layers_tensor(tmp_path):
+    save_model(make_model("qwen3_moe"), tmp_path, save_original_format=False)
+    resave(tmp_path, lambda tensors: tensors.update({DOWN: torch.zeros(64, 32)}))
+    refused(tmp_path, "layer 1 has expert 7 twice", DOWN, "model.layers.1.mlp.experts.down_proj", WEIGHTS)
+
+
+def test_an_expert_of_a_mixtral_under_both_its_names(tmp_path):
+    save_model(make_model("mixtral"), tmp_path)
+    theirs, ours = (
+        f"model.layers.0.{name}.weight" for name in ("block_sparse_moe.experts.2.w1", "mlp.experts.2.gate_proj")
+    )
+    resave(tmp_path, lambda tensors: tensors.update({ours: tensors[theirs].clone()}))
+    refused(tmp_path, "layer 0 has expert 2 twice", theirs, ours)
+
+
+def test_an_expert_too_many(folder):
+    name = "model.layers.0.mlp.experts.8.up_proj.weight"
+    resave(folder, lambda tensors: tensors.update({name: torch.zeros(32, 64)}))
+    refused(folder, "layer 0 must have experts 0 to 7, not 8", name)
+
+
+@pytest.mark.parametrize("num_experts", [7, 9])
+def test_a_layers_tensor_of_fewer_experts_or_of_more(tmp_path, num_experts):
+    save_model(make_model("qwen3_moe"), tmp_path, save_original_format=False)
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    resave(tmp_path, lambda tensors: tensors.update({name: torch.zeros(num_experts, 64, 64)}))
+    refused(tmp_path, f"layer 1 has {num_experts} experts, and must have 8", name, f"({num_experts}, 64, 64)")
 
 
 # files

@@ -13,7 +13,7 @@ SHAPES = [[1, 1], [2, 1], [1, 2], [2, 2], [4, 1]]
 NUM_TOKENS = 32
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe", "mixtral"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe", "mixtral", "dots1"])
 def test_every_shape_gives_transformers_greedy_tokens(name: str, tmp_path: Path) -> None:
     model = make_model(name, seed=11)
     save_model(model, tmp_path)

@@ -9,9 +9,10 @@ import torch
 import transformers
 from benchmarks.small_models import MODELS, make_model
 
+from moestro.router.gate import GateSpec, GroupSpec, Score
 from moestro.workers.architectures import ARCHITECTURES, parse_config
 from moestro.workers.model.weights import tensor_shapes
-from moestro.workers.model_config import MoeSpec
+from moestro.workers.model_config import DenseSpec, MoeSpec, SharedSpec
 
 SIZES = {
     "vocab_size": 50,
@@ -24,6 +25,8 @@ SIZES = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 24,
     "shared_expert_intermediate_size": 40,
+    "n_routed_experts": 6,
+    "n_shared_experts": 3,
 }
 
 
@@ -54,6 +57,9 @@ def test_the_table_has_a_row_for_every_model_of_these_tests():
         {"tie_word_embeddings": True, "rms_norm_eps": 1e-4, "eos_token_id": [3, 7]},
         {"norm_topk_prob": True, "decoder_sparse_step": 3, "mlp_only_layers": [2, 5]},
         {"rope_theta": 77.0},
+        {"first_k_dense_replace": 3, "n_group": 3, "topk_group": 2, "routed_scaling_factor": 2.5},
+        {"n_group": 3, "topk_group": 3, "norm_topk_prob": False, "use_qk_norm": True, "attention_bias": True},
+        {"sliding_window": None, "max_window_layers": 5},
     ],
 )
 def test_absent_fields_mean_what_transformers_makes_of_them(family, options):
@@ -74,6 +80,27 @@ def test_cache_groups_come_in_the_order_of_the_layers():
     assert parse_config(minimal("Llama")).windows == (None,)
 
 
+def test_a_gate_with_groups_and_one_where_they_leave_nothing_out():
+    raw = minimal("Glm4Moe") | {"n_group": 3, "topk_group": 2, "routed_scaling_factor": 2.5}
+    dense, moe = (layer.mlp for layer in parse_config(raw).layers[:2])
+    assert dense == DenseSpec(48)
+    assert moe == MoeSpec(
+        GateSpec(6, 2, True, Score.SIGMOID, True, GroupSpec(3, 2), scaling=2.5, fp32_logits=True),
+        width=24,
+        shared=SharedSpec(3 * 24, gated=False),
+    )
+    (whole,) = {layer.mlp for layer in parse_config(raw | {"topk_group": 3}).layers[1:]}
+    assert whole == replace(moe, gate=replace(moe.gate, groups=None))
+
+
+@pytest.mark.parametrize(("style", "want"), [({}, 32), ({"partial_rotary_factor": 0.25}, 16)])
+def test_part_of_a_head_is_rotated(style, want):
+    raw = minimal("Glm4Moe") | {"head_dim": 64}
+    new = raw | {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0} | style}
+    for config in (raw | style, new, through_transformers(raw | style)):
+        assert parse_config(config).rope.rotary_dim == want
+
+
 def test_counts_of_experts():
     config = parse_config(minimal("Qwen3Moe") | {"decoder_sparse_step": 2})
     assert (config.num_experts, config.num_moe_layers) == (6, 16)
@@ -87,4 +114,5 @@ def test_shapes_add_up_to_transformers_parameters(name):
     model = make_model(name)
     config = parse_config(model.config.to_dict() | {"architectures": [type(model).__name__]})
     ours = sum(torch.Size(shape).numel() for shape in tensor_shapes(config).values())
-    assert ours == sum(parameter.numel() for parameter in model.parameters())
+    biases = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    assert ours == sum(tensor.numel() for tensor in [*model.parameters(), *biases])

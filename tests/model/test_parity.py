@@ -30,8 +30,23 @@ WINDOWS: dict[str, tuple[str, dict[str, object]]] = {
     "mistral of two": ("mistral", {"sliding_window": 2}),
     "mistral longer than all": ("mistral", {"sliding_window": 400}),
     "mistral none": ("mistral", {"sliding_window": None}),
+    "dots1 from layer 2": ("dots1", {"layer_types": None, "max_window_layers": 2, "sliding_window": 6}),
+    "dots1 none": ("dots1", {"layer_types": None, "max_window_layers": 0, "sliding_window": None}),
 }
-ALL = {name: (name, {}) for name in MODELS} | WINDOWS
+GATES: dict[str, tuple[str, dict[str, object]]] = {
+    "dots1 without groups": ("dots1", {"n_group": 1, "topk_group": 1, "norm_topk_prob": True}),
+    "glm4_moe plain": (
+        "glm4_moe",
+        {
+            "use_qk_norm": False,
+            "attention_bias": False,
+            "n_shared_experts": 1,
+            "topk_group": 3,
+            "norm_topk_prob": False,
+        },
+    ),
+}
+ALL = {name: (name, {}) for name in MODELS} | WINDOWS | GATES
 
 
 @pytest.mark.parametrize("case", ALL)

@@ -55,6 +55,16 @@ def test_frequencies(pair, variant):
     assert decoder.rope.scale == pytest.approx(attention_factor, rel=1e-6)
 
 
+@pytest.mark.parametrize("variant", ["default", *VARIANTS])
+def test_a_part_of_each_head(pair, variant):
+    spec = {"rope_theta": 5000.0, "partial_rotary_factor": 0.75, "rope_type": "default"} | VARIANTS.get(variant, {})
+    model, decoder = pair("glm4_moe", head_dim=16, rope_parameters=spec, max_position_embeddings=40)
+    torch.testing.assert_close(decoder.rope.inv_freq_h, model.model.rotary_emb.original_inv_freq, rtol=1e-6, atol=0)
+    ids = random_ids(40, seed=7)
+    (logits,) = Driver(decoder).step([(0, ids)])
+    torch.testing.assert_close(logits, reference_logits(model, ids), rtol=0, atol=2e-4)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_within_the_first_context(pair, variant):
     model, decoder = pair("llama", **options(variant))

@@ -17,29 +17,16 @@ import torch
 from torch import Tensor
 
 from moestro.kernels.grouped_experts import ExpertShape, Fill, GroupedExperts, make_experts
-from moestro.kernels.linear import Linear, PlainLinear
 from moestro.router.assign import Layout, assign, lay_out
 from moestro.router.expert_parallel import ExpertParallel
-from moestro.router.gate import softmax_topk
-from moestro.router.parallel import NoTensorParallel, TensorParallel
+from moestro.router.parallel import TensorParallel
 from moestro.router.placement import EMPTY
 from moestro.router.transport import Transport
-from moestro.workers.model.mlp import DenseMlp, build_mlp
+from moestro.workers.model.gate import Gate, build_gate
 from moestro.workers.model.sharding import token_shard
-from moestro.workers.model.weights import WeightSource, read, read_linear
-from moestro.workers.model_config import DenseSpec, GateSpec, MoeSpec
-
-
-@dataclass(frozen=True, slots=True)
-class SharedExpert:
-    """An expert for every token, scaled by the sigmoid of its own gate. Held whole on every rank: it works on the
-    rank's own share of the tokens."""
-
-    mlp: DenseMlp
-    gate: Linear
-
-    def forward(self, x_tM: Tensor) -> Tensor:
-        return torch.sigmoid(self.gate.apply(x_tM)) * self.mlp.forward(x_tM)
+from moestro.workers.model.shared_expert import SharedExpert, build_shared_expert
+from moestro.workers.model.weights import WeightSource
+from moestro.workers.model_config import MoeSpec
 
 
 class ExpertBank:
@@ -70,8 +57,7 @@ class ExpertBank:
 class MoeMlp:
     """One mixture layer on one rank."""
 
-    spec: GateSpec
-    gate: Linear
+    gate: Gate
     bank: ExpertBank
     shared: SharedExpert | None
     transport: Transport[Any]
@@ -86,7 +72,7 @@ class MoeMlp:
         return _gather_tokens(self._route(x_TM[start:stop], num_tokens_N), x_TM.shape[0], self.tp)
 
     def _route(self, x_tM: Tensor, num_tokens_N: tuple[int, ...]) -> Tensor:
-        ids_tK, weights_tK = softmax_topk(self.gate.apply(x_tM), self.spec.top_k, self.spec.renormalize)
+        ids_tK, weights_tK = self.gate.route(x_tM)
         slots_tK = assign(ids_tK, self.bank.layout)
         arriving = self.transport.dispatch(x_tM, slots_tK, num_tokens_N)
         # Computed while the rows travel.
@@ -134,15 +120,10 @@ def build_moe(
 ) -> MoeMlp:
     """Reads the gate, the shared expert and this rank's experts. ``index`` counts mixture layers only."""
     layout = lay_out(parallel.placements[index], parallel.rank, source.device)
-    gate = read_linear(source, prefix + "gate.weight", spec.gate.num_experts, hidden_size)
+    gate = build_gate(spec.gate, hidden_size, prefix + "gate.", source)
     experts = make_experts(
         ExpertShape(spec.width, hidden_size, source.dtype, source.device),
         [None if expert == EMPTY else expert_fill(source, prefix, expert) for expert in layout.local_experts],
     )
-    shared = None
-    if spec.shared_width is not None:
-        mlp = build_mlp(
-            DenseSpec(spec.shared_width), hidden_size, prefix + "shared_expert.", source, NoTensorParallel()
-        )
-        shared = SharedExpert(mlp, PlainLinear(read(source, prefix + "shared_expert_gate.weight", 1, hidden_size)))
-    return MoeMlp(spec.gate, gate, ExpertBank(prefix, experts, layout), shared, parallel.transport, tp)
+    shared = None if spec.shared is None else build_shared_expert(spec.shared, hidden_size, prefix, source)
+    return MoeMlp(gate, ExpertBank(prefix, experts, layout), shared, parallel.transport, tp)

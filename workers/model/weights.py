@@ -28,9 +28,11 @@ class WeightSource(Protocol):
         """Fills ``out`` with the piece of ``name`` of out's shape that starts at (row, column)."""
 
 
-def read(source: WeightSource, name: str, *shape: int, row: int = 0, column: int = 0) -> Tensor:
-    """A new tensor with a piece of ``name``."""
-    out = torch.empty(shape, dtype=source.dtype, device=source.device)
+def read(
+    source: WeightSource, name: str, *shape: int, row: int = 0, column: int = 0, dtype: torch.dtype | None = None
+) -> Tensor:
+    """A new tensor with a piece of ``name``, in the source's dtype unless another is asked for."""
+    out = torch.empty(shape, dtype=dtype or source.dtype, device=source.device)
     source.read_(out, name, row, column)
     return out
 
@@ -44,9 +46,10 @@ def read_linear(
     row: int = 0,
     column: int = 0,
     bias_O: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Linear:
-    """A linear from a piece of ``name``."""
-    weight_OI = empty_weight(out_features, in_features, source.dtype, source.device)
+    """A linear from a piece of ``name``, in the source's dtype unless another is asked for."""
+    weight_OI = empty_weight(out_features, in_features, dtype or source.dtype, source.device)
     source.read_(weight_OI, name, row, column)
     return make_linear(weight_OI, bias_O)
 
@@ -99,9 +102,12 @@ def _mlp_shapes(spec: DenseSpec, width: int, prefix: str) -> dict[str, tuple[int
 
 def _moe_shapes(spec: MoeSpec, width: int, prefix: str) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {prefix + "gate.weight": (spec.gate.num_experts, width)}
+    if spec.gate.has_bias:
+        shapes[prefix + "gate.e_score_correction_bias"] = (spec.gate.num_experts,)
     for expert in range(spec.gate.num_experts):
         shapes |= _mlp_shapes(DenseSpec(spec.width), width, f"{prefix}experts.{expert}.")
-    if spec.shared_width is not None:
-        shapes |= _mlp_shapes(DenseSpec(spec.shared_width), width, prefix + "shared_expert.")
-        shapes[prefix + "shared_expert_gate.weight"] = (1, width)
+    if spec.shared is not None:
+        shapes |= _mlp_shapes(DenseSpec(spec.shared.width), width, prefix + "shared_expert.")
+        if spec.shared.gated:
+            shapes[prefix + "shared_expert_gate.weight"] = (1, width)
     return shapes
