@@ -62,6 +62,11 @@ class ExpertShape:
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def num_bytes(self) -> int:
+        """Of one expert's weights."""
+        return 3 * self.width * self.model_width * self.dtype.itemsize
+
     def empty(self) -> tuple[Tensor, Tensor]:
         """Unfilled gate_up_2ID and down_DI."""
         return (

@@ -21,12 +21,11 @@ class ExpertParallel:
     rank: int = 0
 
 
-def over_group(mesh: Mesh, num_experts: int, num_layers: int) -> ExpertParallel:
-    """Experts spread over the ranks of ``mesh``, one copy of each."""
-    if not num_layers:
+def over_group(mesh: Mesh, placements: tuple[Placement, ...]) -> ExpertParallel:
+    """Experts over the ranks of ``mesh`` as ``placements`` say, by mixture layer."""
+    if not placements:
         return all_here(0, 0)
-    placement = spread(num_experts, mesh.shape.world_size)
-    return ExpertParallel(AllToAllTransport(mesh.world, placement.capacity), (placement,) * num_layers, mesh.rank)
+    return ExpertParallel(AllToAllTransport(mesh.world, placements[0].capacity), placements, mesh.rank)
 
 
 def all_here(num_experts: int, num_layers: int) -> ExpertParallel:

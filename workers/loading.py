@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import os
 import zlib
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +23,7 @@ from moestro.router.expert_parallel import ExpertParallel, all_here
 from moestro.router.parallel import NoTensorParallel, TensorParallel
 from moestro.workers.checkpoint import Checkpoint, open_checkpoint
 from moestro.workers.model.decoder import Decoder, build_decoder
+from moestro.workers.model.weights import WeightSource
 from moestro.workers.model_config import ModelConfig
 from moestro.workers.safetensors_header import TensorInfo
 
@@ -105,6 +106,13 @@ def measure(config: ModelConfig, dtype: torch.dtype, tp: TensorParallel, experts
     need = Need(dtype)
     build_decoder(config, need, tp, experts)
     return need
+
+
+@contextmanager
+def open_source(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Iterator[WeightSource]:
+    """The weights of a checkpoint that was opened and checked before, once more; files are closed with the block."""
+    with ExitStack() as stack:
+        yield CheckpointSource(checkpoint, dtype, device, stack, Need(dtype), None)
 
 
 @dataclass(frozen=True, slots=True)

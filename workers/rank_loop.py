@@ -8,14 +8,17 @@ do the same.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from moestro.protos import wire
+from moestro.protos.experts import ExpertsReport, PlacementRequest
 from moestro.protos.gen import rank_pb2 as pb
 from moestro.protos.sequences import EngineLoad, SequenceDelta
 from moestro.workers.engine import Clock, Engine
 from moestro.workers.lockstep import Lockstep, StepAgreement
+from moestro.workers.rebalancing.group_experts import GroupExperts, NoExperts
 from moestro.workers.scheduler_sequence import StepPlan
 
 
@@ -48,9 +51,10 @@ class Inbox:
 class RankLoop:
     """``submit`` and ``stop`` may be called from any thread; ``run`` owns the thread it is called on."""
 
-    def __init__(self, engine: Engine, lockstep: Lockstep, clock: Clock) -> None:
+    def __init__(self, engine: Engine, lockstep: Lockstep, experts: GroupExperts | NoExperts, clock: Clock) -> None:
         self._engine = engine
         self._lockstep = lockstep
+        self._experts = experts
         self._clock = clock
         self._inbox = Inbox()
 
@@ -63,8 +67,17 @@ class RankLoop:
         """Asks the whole group to end at the head of its next step."""
         self._lockstep.stop()
 
+    def experts(self) -> ExpertsReport:
+        """What the group knows of its experts. Thread safe."""
+        return self._experts.report()
+
+    def request_placement(self, request: PlacementRequest) -> None:
+        """Asks the whole group to move its experts. Thread safe; raises InvalidRequest when it cannot be done."""
+        self._experts.request(request)
+
     def close(self) -> None:
         """Gives up the lockstep's connections, after ``run`` has returned and nobody submits any more."""
+        self._experts.close()
         self._lockstep.close()
 
     def run(self, publish: Callable[[StepOutput], None]) -> None:
@@ -74,9 +87,10 @@ class RankLoop:
             messages, now = lockstep.begin(self._inbox.take(), self._clock())
             refusals = self._take_in(messages, now)
             plan = engine.plan(now)
-            agreement = lockstep.agree(plan.num_tokens)
+            agreement = lockstep.agree(plan.num_tokens, self._experts.note())
             if agreement.stop:
                 return
+            self._experts.turn(agreement)
             deltas = self._run(plan, agreement, now)
             if deltas or refusals:
                 publish(StepOutput(deltas, refusals, engine.load()))
@@ -86,7 +100,10 @@ class RankLoop:
     def _run(self, plan: StepPlan, agreement: StepAgreement, now: float) -> list[SequenceDelta]:
         if agreement.idle:
             return self._engine.skip(plan, now)
-        return self._engine.run(plan, agreement.tokens_per_rank, self._clock)
+        started_s = time.perf_counter()
+        deltas = self._engine.run(plan, agreement.tokens_per_rank, self._clock)
+        self._experts.stepped(time.perf_counter() - started_s, plan.num_tokens)
+        return deltas
 
     def _take_in(self, messages: list[bytes], now: float) -> list[tuple[str, str]]:
         refusals = []

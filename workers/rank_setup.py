@@ -7,22 +7,25 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from moestro.protos.errors import ConfigError
 from moestro.protos.sequences import EngineLimits, EngineLoad
-from moestro.router.expert_parallel import over_group
+from moestro.router.expert_parallel import ExpertParallel, over_group
 from moestro.router.mesh import DeviceKind, Mesh, StoreAddress, join
 from moestro.router.parallel import GroupShape
+from moestro.router.transport import LocalTransport
 from moestro.workers.checkpoint import open_checkpoint
 from moestro.workers.device import configure_torch
 from moestro.workers.engine import Engine
 from moestro.workers.kv_cache import CacheSpec
-from moestro.workers.loading import OnProgress, load_model
+from moestro.workers.loading import OnProgress, load_model, open_source
 from moestro.workers.lockstep import Lockstep, SoloLockstep, make_lockstep
 from moestro.workers.model.decoder import Decoder
 from moestro.workers.rank_loop import RankLoop
+from moestro.workers.rebalancing.setup import ExpertsSpec, group_experts, start_placements
 from moestro.workers.runner import Runner
 from moestro.workers.scheduler import Scheduler
 from moestro.workers.scheduler_config import CacheGroup, SchedulerConfig
@@ -46,6 +49,7 @@ class RankSpec:
     max_num_tokens: int = 1024
     max_context: int = 0  # 0: the checkpoint's own
     max_waiting: int = 4096
+    experts: ExpertsSpec = field(default_factory=ExpertsSpec)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +89,15 @@ def build_rank(spec: RankSpec, place: GroupPlace | None = None, on_progress: OnP
     kind = device_kind(spec.device)
     configure_torch(kind)
     checkpoint = open_checkpoint(spec.model)
+    dtype = _DTYPES[spec.dtype] or checkpoint.config.dtype
+    placements = start_placements(spec.experts, checkpoint.config, spec.shape.world_size)
     mesh = None
     if place is None:
         if spec.shape.world_size != 1:
             raise ConfigError(f"a rank alone has dp 1 and tp 1, not {spec.shape.dp} and {spec.shape.tp}")
         device = torch.device(kind)
-        model = load_model(checkpoint, dtype=_DTYPES[spec.dtype], device=device, on_progress=on_progress)
+        parallel = ExpertParallel(LocalTransport(placements[0].capacity if placements else 0), placements)
+        model = load_model(checkpoint, dtype=dtype, device=device, experts=parallel, on_progress=on_progress)
         lockstep: Lockstep = SoloLockstep()
     else:
         mesh = join(
@@ -104,15 +111,22 @@ def build_rank(spec: RankSpec, place: GroupPlace | None = None, on_progress: OnP
         device = mesh.device
         model = load_model(
             checkpoint,
-            dtype=_DTYPES[spec.dtype],
+            dtype=dtype,
             device=device,
             tp=mesh.tp,
-            experts=over_group(mesh, checkpoint.config.num_experts, checkpoint.config.num_moe_layers),
+            experts=over_group(mesh, placements),
             on_progress=on_progress,
         )
         lockstep = make_lockstep(mesh, place.store)
     engine = build_engine(spec, model, device)
-    return BuiltRank(RankLoop(engine, lockstep, time.monotonic), engine.limits, engine.load(), str(device), mesh)
+    experts = group_experts(
+        spec.experts,
+        model,
+        lockstep,
+        rank=0 if place is None else place.rank,
+        open_source=partial(open_source, checkpoint, dtype, device),
+    )
+    return BuiltRank(RankLoop(engine, lockstep, experts, time.monotonic), engine.limits, engine.load(), str(device), mesh)
 
 
 def device_kind(wanted: str) -> DeviceKind:

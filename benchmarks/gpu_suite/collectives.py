@@ -23,6 +23,7 @@ from moestro.router.all_to_all import AllToAllTransport
 from moestro.router.expert_parallel import over_group
 from moestro.router.mesh import Mesh, MeshTensorParallel, join, serve_store
 from moestro.router.parallel import GroupShape
+from moestro.router.placement import spread
 from moestro.router.transport import LocalTransport, Transport
 from moestro.workers.batch import Batch
 from moestro.workers.batching import build_batch
@@ -143,7 +144,7 @@ def check_engine(mesh: Mesh, dtype: torch.dtype, settings: Settings) -> Values:
             dtype=dtype,
             device=mesh.device,
             tp=mesh.tp,
-            experts=over_group(mesh, alone.config.num_experts, alone.config.num_moe_layers),
+            experts=over_group(mesh, (spread(alone.config.num_experts, 1),) * alone.config.num_moe_layers),
         )
     prompts = [random_ids(length, seed=80 + length) for length in (1, 9, 40)]
     runs = []

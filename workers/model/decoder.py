@@ -18,7 +18,7 @@ from moestro.workers.batch import Batch
 from moestro.workers.kv_cache import CacheSpec, KVCache
 from moestro.workers.model.attention import Attention, build_attention
 from moestro.workers.model.mlp import DenseMlp, build_mlp
-from moestro.workers.model.moe import MoeMlp, build_moe
+from moestro.workers.model.moe import ExpertBank, MoeMlp, build_moe
 from moestro.workers.model.rope import Rope, make_rope
 from moestro.workers.model.sharding import token_shares
 from moestro.workers.model.vocabulary import Embedding, LMHead, build_vocabulary
@@ -49,6 +49,11 @@ class Decoder:
     layers: tuple[DecoderLayer, ...]
     norm_M: Tensor
     head: LMHead
+
+    @property
+    def banks(self) -> dict[int, ExpertBank]:
+        """The experts held here, by layer; layers without a mixture have none."""
+        return {index: layer.mlp.bank for index, layer in enumerate(self.layers) if isinstance(layer.mlp, MoeMlp)}
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:

@@ -38,7 +38,10 @@ class ExpertBank:
         self.experts = experts
         self.layout = layout
         self.rows_L = torch.zeros(layout.placement.capacity, dtype=torch.int64, device=layout.slot_E.device)
-        """Rows that each slot has computed since this was last set to zero."""
+        """Rows that each slot has computed."""
+        self.wait_s = self.compute_s = 0.0
+        """Seconds the host has waited for rows, there and back, and spent on the experts. On CUDA they say how long the
+        host was held up and not how long the device took."""
 
     def apply(self, x_RM: Tensor, counts_L: Tensor) -> Tensor:
         """The experts' results for rows sorted by slot."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -88,10 +88,3 @@ def load_experts(
             fill = expert_fill(BudgetedSource(source, budget), bank.prefix, expert)
             staged[slot] = bank.experts.stage(fill)
     return Loaded(staged, budget.spent, time.thread_time() - started)
-
-
-def expert_bytes(banks: Sequence[ExpertBank]) -> Iterator[int]:
-    """By mixture layer: what one expert of it weighs."""
-    for bank in banks:
-        shape = bank.experts.shape
-        yield 3 * shape.width * shape.model_width * shape.dtype.itemsize
