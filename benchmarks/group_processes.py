@@ -41,7 +41,8 @@ class Measured:
 class Group:
     """A group of ``size`` rank processes. ``module:function`` names a Prompts function; use as a context manager."""
 
-    def __init__(self, spec: dict[str, Any], size: int, prompts: str, seed: int) -> None:
+    def __init__(self, spec: dict[str, Any], rebalance: dict[str, Any], size: int, prompts: str, seed: int) -> None:
+        """``spec`` and ``rebalance`` are fields of RankSpec and of the rebalancer's Config."""
         from moestro.router.mesh import serve_store
 
         self._store, address = serve_store()
@@ -50,7 +51,7 @@ class Group:
         self._processes = []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            arguments = (theirs, spec, size, rank, address.host, address.port, prompts, seed)
+            arguments = (theirs, spec, rebalance, size, rank, address.host, address.port, prompts, seed)
             process = context.Process(target=_rank, args=arguments, daemon=True)
             process.start()
             self._pipes.append(ours)
@@ -82,7 +83,15 @@ class Group:
 
 
 def _rank(
-    pipe: Connection, spec: dict[str, Any], size: int, rank: int, host: str, port: int, prompts: str, seed: int
+    pipe: Connection,
+    spec: dict[str, Any],
+    rebalance: dict[str, Any],
+    size: int,
+    rank: int,
+    host: str,
+    port: int,
+    prompts: str,
+    seed: int,
 ) -> None:
     import os
     from importlib import import_module
@@ -90,11 +99,13 @@ def _rank(
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # the ranks share the cores, as they do in a cluster
     from moestro.router.mesh import StoreAddress
     from moestro.router.parallel import GroupShape
+    from moestro.router.rebalance.config import Config
     from moestro.workers.rank_setup import GroupPlace, RankSpec, build_rank
+    from moestro.workers.rebalancing.setup import ExpertsSpec
 
-    built = build_rank(
-        RankSpec(**spec, shape=GroupShape(size), threads=1), GroupPlace(rank, 0, StoreAddress(host, port))
-    )
+    experts = ExpertsSpec(rebalance=Config(**rebalance))
+    rank_spec = RankSpec(**spec, shape=GroupShape(size), threads=1, experts=experts)
+    built = build_rank(rank_spec, GroupPlace(rank, 0, StoreAddress(host, port)))
     module, _, name = prompts.partition(":")
     clients = _Clients(built.loop, getattr(import_module(module), name), random.Random(f"{seed} {rank}"))
     thread = threading.Thread(target=built.loop.run, args=(clients.publish,))

@@ -1,7 +1,7 @@
 """What moving experts is worth while the traffic shifts, on four CPU ranks.
 
-Two groups of four ranks serve the same themed model (``themed_model.py``) with the same placement at the start, one with
-the rebalancer on and one without. Each phase is run by both, one after the other, so that both see the same machine:
+Two groups of four ranks serve the same themed model (``themed_model.py``) with the same placement at the start, one
+with the rebalancer on and one without. Each phase is run by both, one after the other, so that both see the same machine:
 
     theme 0     every request needs the experts of rank 0
     theme 3     the traffic shifts: every request needs those of rank 3
@@ -29,6 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 PROMPT, OUTPUT, IN_FLIGHT, RANKS = 96, 8, 4, 4
+# A phase lasts seconds here and not hours, so everything that is told in seconds is shorter than by default.
+QUICK = {"window_s": 4.0, "interval_s": 2.0, "horizon_s": 60.0, "settle_s": 3.0, "backoff_s": 20.0, "bytes_per_s": 64e6}
 PHASES: dict[str, tuple[int, ...]] = {"theme 0": (0,), "theme 3": (3,), "all themes": (0, 1, 2, 3)}
 
 
@@ -42,6 +44,10 @@ def figures(measured: list[Measured]) -> dict[str, float]:
         "tokens_per_s": sum(one.tokens / one.seconds for one in measured),
         "p99_itl_s": statistics.quantiles(gaps, n=100)[98] if len(gaps) > 1 else 0.0,
     }
+
+
+def _mib(rows: list[dict[str, float]]) -> str:
+    return ", ".join(f"{row['moved_bytes'] / 2**20:.0f} MiB" for row in rows)
 
 
 def main(
@@ -60,8 +66,8 @@ def main(
     moved: dict[str, list[dict[str, float]]] = {}
     reports: dict[str, Any] = {}
     with (
-        Group({**base, "experts": {"rebalance": True, **FAST}}, RANKS, "benchmarks.rebalancing:prompts", seed) as on,
-        Group({**base, "experts": {"rebalance": False}}, RANKS, "benchmarks.rebalancing:prompts", seed) as off,
+        Group(base, QUICK, RANKS, "benchmarks.rebalancing:prompts", seed) as on,
+        Group(base, {"enabled": False}, RANKS, "benchmarks.rebalancing:prompts", seed) as off,
     ):
         for turn in range(rounds):
             for name, themes in PHASES.items():
@@ -96,7 +102,7 @@ def main(
         "hardware": hardware_record(),
         "settings": {
             "rounds": rounds, "shift_s": shift_s, "settled_s": settled_s, "seed": seed, "prompt": PROMPT,
-            "output": OUTPUT, "in_flight_per_rank": IN_FLIGHT, "ranks": RANKS, "rebalance": FAST,
+            "output": OUTPUT, "in_flight_per_rank": IN_FLIGHT, "ranks": RANKS, "rebalance": QUICK,
         },
         "results": results,
         "moved": {name: spread(some) for name, some in moved.items()},

@@ -126,7 +126,9 @@ def build_rank(spec: RankSpec, place: GroupPlace | None = None, on_progress: OnP
         rank=0 if place is None else place.rank,
         open_source=partial(open_source, checkpoint, dtype, device),
     )
-    return BuiltRank(RankLoop(engine, lockstep, experts, time.monotonic), engine.limits, engine.load(), str(device), mesh)
+    return BuiltRank(
+        RankLoop(engine, lockstep, experts, time.monotonic), engine.limits, engine.load(), str(device), mesh
+    )
 
 
 def device_kind(wanted: str) -> DeviceKind:

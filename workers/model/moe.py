@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from time import perf_counter
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,12 +22,14 @@ from moestro.router.assign import Layout, assign, lay_out
 from moestro.router.expert_parallel import ExpertParallel
 from moestro.router.parallel import TensorParallel
 from moestro.router.placement import EMPTY
-from moestro.router.transport import Transport
+from moestro.router.transport import Arrival, Transport
 from moestro.workers.model.gate import Gate, build_gate
 from moestro.workers.model.sharding import token_shard
 from moestro.workers.model.shared_expert import SharedExpert, build_shared_expert
 from moestro.workers.model.weights import WeightSource
 from moestro.workers.model_config import MoeSpec
+
+Arrived = TypeVar("Arrived")
 
 
 class ExpertBank:
@@ -43,10 +46,20 @@ class ExpertBank:
         """Seconds the host has waited for rows, there and back, and spent on the experts. On CUDA they say how long the
         host was held up and not how long the device took."""
 
+    def awaited(self, arrival: Arrival[Arrived]) -> Arrived:
+        """What arrives."""
+        start = perf_counter()
+        arrived = arrival()
+        self.wait_s += perf_counter() - start
+        return arrived
+
     def apply(self, x_RM: Tensor, counts_L: Tensor) -> Tensor:
         """The experts' results for rows sorted by slot."""
+        start = perf_counter()
         self.rows_L += counts_L
-        return self.experts.apply(x_RM, counts_L)
+        y_RM = self.experts.apply(x_RM, counts_L)
+        self.compute_s += perf_counter() - start
+        return y_RM
 
     def switch_(self, layout: Layout, staged: Mapping[int, Any]) -> None:
         """Takes on a new layout. ``staged`` holds, by local slot, what ``experts.stage`` made of every expert that
@@ -80,9 +93,9 @@ class MoeMlp:
         arriving = self.transport.dispatch(x_tM, slots_tK, num_tokens_N)
         # Computed while the rows travel.
         shared_tM = None if self.shared is None else self.shared.forward(x_tM)
-        dispatched, handle = arriving()
+        dispatched, handle = self.bank.awaited(arriving)
         y_RM = self.bank.apply(dispatched.x_RD, dispatched.counts_L)
-        y_tM = self.transport.combine(y_RM, weights_tK, handle)()
+        y_tM = self.bank.awaited(self.transport.combine(y_RM, weights_tK, handle))
         return y_tM if shared_tM is None else y_tM + shared_tM
 
 

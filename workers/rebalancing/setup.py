@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
 from moestro.protos.errors import ConfigError
 from moestro.router.balance import Topology, balance
 from moestro.router.placement import Placement, spread
-from moestro.router.placement_file import ModelIdentity, load_placements
 from moestro.router.rebalance.config import Config
 from moestro.router.rebalance.messages import Ints
 from moestro.router.rebalance.rebalancer import Rebalancer
@@ -68,7 +66,5 @@ def group_experts(
     return GroupExperts(banks, lockstep, rank, rebalancer, solve, open_source, reporter)
 
 
-def _solve(
-    topology: Topology, capacity: int, loads_LE: Ints, previous: tuple[Placement, ...]
-) -> tuple[Placement, ...]:
+def _solve(topology: Topology, capacity: int, loads_LE: Ints, previous: tuple[Placement, ...]) -> tuple[Placement, ...]:
     return balance(loads_LE, topology, capacity, previous=previous)

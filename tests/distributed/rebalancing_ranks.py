@@ -1,0 +1,182 @@
+"""What each rank does in test_rebalancing: serves while its group's experts move."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from moestro.protos import wire
+from moestro.protos.experts import PlacementRequest
+from moestro.protos.gen import rank_pb2 as pb
+from moestro.protos.sequences import SamplingParams, SequenceRequest
+from moestro.router.mesh import StoreAddress
+from moestro.router.parallel import GroupShape
+from moestro.router.placement import EMPTY
+from moestro.router.rebalance.config import Config
+from moestro.workers.checkpoint import open_checkpoint
+from moestro.workers.loading import open_source
+from moestro.workers.model.decoder import Decoder
+from moestro.workers.model.moe import expert_fill
+from moestro.workers.rank_loop import RankLoop, StepOutput
+from moestro.workers.rank_setup import BuiltRank, GroupPlace, RankSpec, build_rank
+from moestro.workers.rebalancing.setup import ExpertsSpec
+
+WAIT_S = 60.0
+OFF = Config(enabled=False)
+
+
+class Server:
+    """One rank of a group with a client of its own."""
+
+    def __init__(self, rank: int, size: int, address: StoreAddress, model: str, experts: ExpertsSpec, tp: int = 1):
+        torch.set_num_threads(1)
+        spec = RankSpec(
+            model=model, device="cpu", threads=1, kv_bytes=2**20, shape=GroupShape(size // tp, tp), block_size=4,
+            max_num_sequences=8, max_num_tokens=16, experts=experts,
+        )  # fmt: skip
+        self.rank, self.size = rank, size
+        self.built: BuiltRank = build_rank(spec, GroupPlace(rank, 0, address))
+        self.loop: RankLoop = self.built.loop
+        self.store = address.connect(WAIT_S)
+        self.failure: BaseException | None = None
+        self._tokens: dict[str, list[int]] = {}
+        self._logprobs: dict[str, list[float]] = {}
+        self._ended: dict[str, threading.Event] = {}
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.loop.run(self._publish)
+        except BaseException as failure:
+            self.failure = failure
+
+    def _publish(self, output: StepOutput) -> None:
+        assert not output.refusals, output.refusals
+        for delta in output.deltas:
+            if delta.sequence_id in self._ended:
+                self._tokens[delta.sequence_id] += delta.token_ids
+                self._logprobs[delta.sequence_id] += [one.logprob for one in delta.logprobs]
+                if delta.finish_reason is not None:
+                    self._ended[delta.sequence_id].set()
+
+    def start(self, name: str, prompt: list[int], sampling: SamplingParams) -> None:
+        self._tokens[name], self._logprobs[name], self._ended[name] = [], [], threading.Event()
+        request = SequenceRequest(name, tuple(prompt), sampling)
+        self.loop.submit(pb.AttachRequest(submit=wire.encode_request(request)).SerializeToString())
+
+    def finish(self, name: str) -> list[Any]:
+        assert self._ended[name].wait(WAIT_S), f"{name} did not end; {self.failure!r}"
+        return [self._tokens[name], self._logprobs[name]]
+
+    def all_here(self, what: str) -> None:
+        if self.store.add(f"count {what}", 1) == self.size:
+            self.store.set(what, b"")
+        self.store.wait([what])
+
+    def await_report(self, holds: Callable[[Any], bool]) -> Any:
+        deadline = time.monotonic() + WAIT_S
+        while not holds(report := self.loop.experts()):
+            assert time.monotonic() < deadline, report
+            assert self.failure is None, self.failure
+            time.sleep(0.02)
+        return report
+
+    def stop(self) -> None:
+        if self.rank == 0:
+            self.loop.stop()
+        self._thread.join(WAIT_S)
+        assert not self._thread.is_alive()
+        assert self.failure is None, self.failure
+        self.built.close()
+
+    @property
+    def decoder(self) -> Decoder:
+        model: Any = self.loop._engine.runner.model
+        return model
+
+    def torn_slots(self, model: str) -> list[str]:
+        """Slots whose weights are not those of the expert that the layout names."""
+        checkpoint = open_checkpoint(model)
+        probe_TM = torch.randn(3, checkpoint.config.hidden_size, generator=torch.Generator().manual_seed(1))
+        torn = []
+        for layer, bank in self.decoder.banks.items():
+            dtype = bank.experts.shape.dtype
+            with open_source(checkpoint, dtype, torch.device("cpu")) as source:
+                for slot, expert in enumerate(bank.layout.local_experts):
+                    if expert == EMPTY:
+                        continue
+                    counts_L = torch.zeros(len(bank.layout.local_experts), dtype=torch.int64)
+                    counts_L[slot] = 3
+                    held = bank.experts.apply(probe_TM.to(dtype), counts_L)
+                    wanted = bank.experts.stage(expert_fill(source, bank.prefix, expert))
+                    bank.experts.replace_(slot, wanted)
+                    if not torch.equal(held, bank.experts.apply(probe_TM.to(dtype), counts_L)):
+                        torn.append(f"rank {self.rank} layer {layer} slot {slot}")
+        return torn
+
+
+def _sampling(number: int, num_tokens: int) -> SamplingParams:
+    temperature = 0.0 if number % 2 else 0.9
+    return SamplingParams(temperature=temperature, seed=number, max_tokens=num_tokens, ignore_eos=True, logprobs=0)
+
+
+def serve_while_moving(
+    rank: int, world_size: int, address: StoreAddress, model: str, prompts: list[list[int]], num_tokens: int,
+    redundant: int, tp: int, seeds: list[int],
+) -> dict[str, Any]:  # fmt: skip
+    """Every rank serves its share of the prompts again and again while rank 0 asks for one random placement after the
+    other. Returns all answers, and what moved."""
+    server = Server(rank, world_size, address, model, ExpertsSpec(redundant=redundant, rebalance=OFF), tp)
+    dp = world_size // tp
+    mine = {n: p for n, p in enumerate(prompts) if rank % tp == 0 and n % dp == rank // tp}
+    answers: list[dict[str, Any]] = []
+    switched = 0
+    for turn, seed in enumerate([None, *seeds]):
+        server.all_here(f"turn {turn}")
+        for n, prompt in mine.items():
+            server.start(f"{turn} {n}", prompt, _sampling(n, num_tokens))
+        if seed is not None and rank == 0:
+            server.loop.request_placement(PlacementRequest(random_seed=seed))
+        answers.append({str(n): server.finish(f"{turn} {n}") for n in mine})
+        if seed is not None:  # idle now: the rest of the move must come to its end all the same
+            server.all_here(f"answered {turn}")
+            least = switched
+            report = server.await_report(
+                lambda r, least=least: r.rebalancer.switched_layers > least and r.rebalancer.activity == "idle"
+            )
+            switched = report.rebalancer.switched_layers
+    report = server.loop.experts()
+    server.stop()
+    return {
+        "answers": answers,
+        "switched": switched,
+        "slots": [layer.slots for layer in report.layers],
+        "load": [sum(layer.load) for layer in report.layers],
+        "torn": server.torn_slots(model),
+    }
+
+
+def killed_while_moving(
+    rank: int, world_size: int, address: StoreAddress, model: str, after_s: float
+) -> dict[str, Any]:
+    """The last rank dies in the middle of a move. The others find every slot as their layout says."""
+    spec = ExpertsSpec(rebalance=Config(enabled=False, bytes_per_s=300_000))
+    server = Server(rank, world_size, address, model, spec)
+    server.start("busy", [5, 6, 7], SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True))
+    if rank == 0:
+        server.loop.request_placement(PlacementRequest(random_seed=3))
+    if rank == world_size - 1:
+        time.sleep(after_s)
+        # The helper wants a result of every process: a child stands for the machine that goes.
+        os.kill(os.getpid(), signal.SIGKILL)
+    server._thread.join(WAIT_S)
+    assert server.failure is not None, "nobody noticed"
+    moved = sum(bank.layout.placement.slots != server.loop.experts().layers[0].slots for bank in ())
+    return {"torn": server.torn_slots(model), "moved": moved, "failure": type(server.failure).__name__}
