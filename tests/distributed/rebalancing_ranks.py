@@ -12,12 +12,14 @@ from typing import Any
 import torch
 
 from moestro.protos import wire
+from moestro.protos.errors import CheckpointError
 from moestro.protos.experts import PlacementRequest
 from moestro.protos.gen import rank_pb2 as pb
 from moestro.protos.sequences import SamplingParams, SequenceRequest
 from moestro.router.mesh import StoreAddress
 from moestro.router.parallel import GroupShape
-from moestro.router.placement import EMPTY
+from moestro.router.placement import EMPTY, spread
+from moestro.router.random_placement import random_placement
 from moestro.router.rebalance.config import Config
 from moestro.workers.checkpoint import open_checkpoint
 from moestro.workers.loading import open_source
@@ -48,8 +50,8 @@ class Server:
         self._tokens: dict[str, list[int]] = {}
         self._logprobs: dict[str, list[float]] = {}
         self._ended: dict[str, threading.Event] = {}
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
 
     def _run(self) -> None:
         try:
@@ -91,8 +93,8 @@ class Server:
     def stop(self) -> None:
         if self.rank == 0:
             self.loop.stop()
-        self._thread.join(WAIT_S)
-        assert not self._thread.is_alive()
+        self.thread.join(WAIT_S)
+        assert not self.thread.is_alive()
         assert self.failure is None, self.failure
         self.built.close()
 
@@ -164,19 +166,98 @@ def serve_while_moving(
 
 
 def killed_while_moving(
-    rank: int, world_size: int, address: StoreAddress, model: str, after_s: float
+    rank: int, world_size: int, address: StoreAddress, model: str, kill_after: int
 ) -> dict[str, Any]:
-    """The last rank dies in the middle of a move. The others find every slot as their layout says."""
-    spec = ExpertsSpec(rebalance=Config(enabled=False, bytes_per_s=300_000))
+    """The last rank dies in the middle of a move, when so many layers have switched. The others find every slot as
+    their layout says."""
+    spec = ExpertsSpec(rebalance=Config(enabled=False, bytes_per_s=60_000))
     server = Server(rank, world_size, address, model, spec)
-    server.start("busy", [5, 6, 7], SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True))
+    for number in range(400):  # a group that sleeps would not notice
+        server.start(f"{number}", [5, 6, 7], SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True))
+    server.all_here("busy")
     if rank == 0:
         server.loop.request_placement(PlacementRequest(random_seed=3))
+    server.await_report(lambda r: r.rebalancer.activity == "moving" and r.rebalancer.switched_layers == kill_after)
+    server.all_here("moving")
     if rank == world_size - 1:
-        time.sleep(after_s)
-        # The helper wants a result of every process: a child stands for the machine that goes.
         os.kill(os.getpid(), signal.SIGKILL)
-    server._thread.join(WAIT_S)
-    assert server.failure is not None, "nobody noticed"
-    moved = sum(bank.layout.placement.slots != server.loop.experts().layers[0].slots for bank in ())
-    return {"torn": server.torn_slots(model), "moved": moved, "failure": type(server.failure).__name__}
+    server.thread.join(WAIT_S)
+    assert not server.thread.is_alive(), "nobody noticed"
+    assert server.failure is not None
+    even = spread(8, world_size).slots
+    return {
+        "torn": server.torn_slots(model),
+        "moved": [bank.layout.placement.slots != even for bank in server.decoder.banks.values()],
+    }
+
+
+def fail_to_load(rank: int, world_size: int, address: StoreAddress, model: str) -> dict[str, Any]:
+    """The checkpoint can no longer be read on one rank: the move ends, all go on serving, and a later one succeeds."""
+    server = Server(rank, world_size, address, model, ExpertsSpec(rebalance=OFF))
+    experts: Any = server.loop._experts
+    readable = experts._open_source
+    if rank == 1:
+
+        def unreadable() -> Any:
+            raise CheckpointError("model.safetensors: the disk is gone")
+
+        experts._open_source = unreadable
+    server.all_here("ready")
+    before = _answer(server, "before")
+    if rank == 0:
+        server.loop.request_placement(PlacementRequest(random_seed=1))
+    failed = server.await_report(lambda r: any(d.outcome == "cancelled" for d in r.decisions))
+    after = _answer(server, "after")
+    experts._open_source = readable
+    server.all_here("repaired")
+    if rank == 0:
+        server.loop.request_placement(PlacementRequest(random_seed=1))
+    server.await_report(lambda r: r.rebalancer.switched_layers == len(r.layers) and r.rebalancer.activity == "idle")
+    moved = _answer(server, "moved")
+    server.stop()
+    return {
+        "same": before == after == moved,
+        "reasons": [d.reason for d in failed.decisions if d.outcome == "cancelled"],
+        "torn": server.torn_slots(model),
+    }
+
+
+def stopped_while_moving(rank: int, world_size: int, address: StoreAddress, model: str) -> dict[str, Any]:
+    """The server is told to stop while experts travel: it does, at once."""
+    spec = ExpertsSpec(rebalance=Config(enabled=False, bytes_per_s=50_000))
+    server = Server(rank, world_size, address, model, spec)
+    server.all_here("ready")
+    if rank == 0:
+        server.loop.request_placement(PlacementRequest(random_seed=3))
+    server.await_report(lambda r: r.rebalancer.activity == "moving")
+    server.all_here("moving")
+    started = time.monotonic()
+    server.stop()
+    return {"seconds": time.monotonic() - started, "torn": server.torn_slots(model)}
+
+
+def second_while_first(rank: int, world_size: int, address: StoreAddress, model: str) -> dict[str, Any]:
+    """Another placement is asked for, on another rank, while the first is under way: the second is what comes out."""
+    spec = ExpertsSpec(rebalance=Config(enabled=False, bytes_per_s=400_000))
+    server = Server(rank, world_size, address, model, spec)
+    server.all_here("ready")
+    before = _answer(server, "before")
+    if rank == 0:
+        server.loop.request_placement(PlacementRequest(random_seed=3))
+    server.await_report(lambda r: r.rebalancer.activity == "moving")
+    if rank == 1:
+        server.loop.request_placement(PlacementRequest(random_seed=4))
+    wanted = tuple(random_placement(8, world_size, -(-8 // world_size), f"4 {layer}").slots for layer in range(2))
+    server.await_report(
+        lambda r: r.rebalancer.activity == "idle" and tuple(layer.slots for layer in r.layers) == wanted
+    )
+    after = _answer(server, "after")
+    server.stop()
+    return {"same": before == after, "torn": server.torn_slots(model)}
+
+
+def _answer(server: Server, name: str) -> list[Any]:
+    server.start(name, [3, 1, 4, 1, 5], SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=0))
+    answer = server.finish(name)
+    server.all_here(f"answered {name}")
+    return answer

@@ -102,6 +102,8 @@ class GroupExperts:
             intents += self._observe(now_s)
         for intent in intents:
             self._carry_out(intent)
+        if intents:
+            self._reporter.publish(self._rebalancer, now_s)
 
     def stepped(self, seconds: float, num_tokens: int) -> None:
         """After a step that computed something, on this rank or on others."""

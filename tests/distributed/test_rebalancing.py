@@ -1,0 +1,86 @@
+"""Experts move while real processes serve: the same answers, nothing torn, whatever happens on the way."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from benchmarks.small_models import make_model, random_ids, save_model
+from tests.distributed.processes import run_processes, start_process
+
+from moestro.router.mesh import serve_store
+
+RANKS = "tests.distributed.rebalancing_ranks"
+SEED = 20261121
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    save_model(make_model("qwen3_moe", SEED), folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(("size", "tp", "redundant"), [(2, 1, 0), (3, 1, 4), (4, 1, 8), (4, 2, 4)])
+def test_answers_do_not_depend_on_where_experts_are_or_that_they_move(
+    model: str, size: int, tp: int, redundant: int
+) -> None:
+    prompts = [random_ids(5 + 3 * i, seed=SEED + i) for i in range(6)]
+    kwargs = {"model": model, "prompts": prompts, "num_tokens": 30, "redundant": redundant, "tp": tp}
+    ranks = run_processes(f"{RANKS}:serve_while_moving", size, {**kwargs, "seeds": [SEED, SEED + 1]})
+    for of_rank in ranks:
+        first, *others = of_rank["answers"]
+        assert others == [first, first]
+        assert of_rank["torn"] == []
+        assert of_rank["slots"] == ranks[0]["slots"]
+        assert of_rank["switched"] == 4, "two layers, twice"
+        assert all(of_rank["load"])
+    alone = run_processes(f"{RANKS}:serve_while_moving", 1, {**kwargs, "redundant": 0, "tp": 1, "seeds": []})[0]
+    if tp == 1:
+        spread_out = {n: answer for of_rank in ranks for n, answer in of_rank["answers"][0].items()}
+        assert spread_out == alone["answers"][0]
+
+
+@pytest.mark.parametrize("kill_after", [0, 1])
+def test_a_killed_rank_leaves_every_layer_old_or_new(model: str, kill_after: int) -> None:
+    size = 3
+    store, address = serve_store()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        kwargs = {"model": model, "kill_after": kill_after}
+        started = [
+            start_process(f"{RANKS}:killed_while_moving", rank, size, address, folder, kwargs) for rank in range(size)
+        ]
+        try:
+            deadline = time.monotonic() + 60
+            codes = [process.wait(max(0.1, deadline - time.monotonic())) for process in started]
+        finally:
+            for process in started:
+                process.kill()
+        logs = [(folder / f"{rank}.log").read_text() for rank in range(size)]
+        assert codes == [0, 0, -9], logs
+        for rank in range(size - 1):
+            result = json.loads((folder / f"{rank}.json").read_text())
+            assert result == {"torn": [], "moved": [True] * kill_after + [False] * (2 - kill_after)}
+    del store
+
+
+def test_a_move_that_cannot_be_loaded_is_given_up_and_the_next_one_works(model: str) -> None:
+    for result in run_processes(f"{RANKS}:fail_to_load", 3, {"model": model}):
+        assert result["same"]
+        assert result["torn"] == []
+        assert any("on rank 1" in reason for reason in result["reasons"])
+
+
+def test_a_group_stops_at_once_in_the_middle_of_a_move(model: str) -> None:
+    for result in run_processes(f"{RANKS}:stopped_while_moving", 2, {"model": model}):
+        assert result["seconds"] < 5
+        assert result["torn"] == []
+
+
+def test_a_second_request_overtakes_the_first(model: str) -> None:
+    for result in run_processes(f"{RANKS}:second_while_first", 2, {"model": model}):
+        assert result == {"same": True, "torn": []}
