@@ -131,7 +131,7 @@ def test_what_was_learnt_outweighs_the_guess_and_fades() -> None:
     assert price.value(0) == pytest.approx(2)  # the guess weighs as much as one measurement
     for _ in range(20):
         price.add(30, 10, now=0)
-    assert price.value(0) == pytest.approx(2.6)  # as much as four at last
+    assert price.value(0) == pytest.approx(2.6, rel=1e-3)  # as much as four at last
     assert price.value(100) == pytest.approx((1 + 2 * 3) / 3, rel=0.01)
     assert price.value(1e6) == pytest.approx(1, abs=1e-3)
     for _ in range(20):
@@ -152,11 +152,15 @@ def test_chance_is_not_taken_for_skew() -> None:
     """The rank that happened to have most is no heavier in other traffic; the naive measure says it is."""
     random = np.random.default_rng(SEED)
     tables = tabulate([spread(16, 8)] * 4)
-    even = [bucket(random.multinomial(50, np.full(16, 1 / 16), size=4)) for _ in range(16)]
     total = 50 * 16 * 4
-    naive = sum(float(rows.max() - rows.mean()) for rows in rows_by_rank(tables, np.array([b.loads_LE for b in even])).sum(0))
-    assert naive > 0.015 * total
-    assert abs(excess_rows(tables, even)) < 0.01 * total
+    naive, ours = [], []
+    for _ in range(50):
+        even = [bucket(random.multinomial(50, np.full(16, 1 / 16), size=4)) for _ in range(16)]
+        rows_LR = rows_by_rank(tables, np.array([b.loads_LE for b in even])).sum(0)
+        naive.append(float((rows_LR.max(1) - rows_LR.mean(1)).sum()))
+        ours.append(excess_rows(tables, even))
+    assert np.mean(naive) > 0.01 * total
+    assert abs(np.mean(ours)) < 0.001 * total
     popularity = np.r_[np.full(2, 0.2), np.full(14, 0.6 / 14)]
     skew = [bucket(random.multinomial(50, popularity, size=4)) for _ in range(16)]
     assert excess_rows(tables, skew) == pytest.approx((0.4 - 1 / 8) * total, rel=0.1)
