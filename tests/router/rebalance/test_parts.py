@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -124,6 +125,21 @@ def test_a_change_is_only_as_sure_as_the_samples_are_quiet() -> None:
     assert compare(quiet, samples(1, 0)[:3]) is None
 
 
+def test_a_line_is_unsure_where_it_was_not_measured() -> None:
+    """Leverage against its definition, x (X'X)^-1 x."""
+    samples = [(8.0, x, 0.1 + x) for x in (100.0, 110.0, 120.0, 105.0)]
+    line = fit(samples)
+    assert line is not None
+    x_S2 = np.array(samples)[:, :2]
+    for at in ([8.0, 108.0], [8.0, 1000.0], [0.0, 50.0]):
+        want = np.array(at) @ np.linalg.inv(x_S2.T @ x_S2) @ np.array(at)
+        assert line.leverage(*at) == pytest.approx(want, rel=1e-6)
+    assert line.leverage(8, 1000) > 100 * line.leverage(8, 108)
+    one = fit([(n, 2.0 * n, 1.0 * n) for n in (1.0, 2.0, 3.0, 4.0)])
+    assert one is not None
+    assert one.leverage(5, 10) == pytest.approx(100 / (4 * 30))
+
+
 def test_what_was_learnt_outweighs_the_guess_and_fades() -> None:
     price = Learned(guess=1.0, fades_s=100)
     assert price.value(5) == 1
@@ -204,7 +220,7 @@ def test_the_window_holds_the_last_seconds_whole_and_in_few_buckets(
         closed = list(window.closed)
         assert window.loads_LE.tolist() == np.sum([b.loads_LE for b in closed] or [[[0, 0]]], axis=0).tolist()
         assert all(b.end > now - 10 for b in closed)
-        assert all(a.end <= b.start for a, b in zip(closed, closed[1:], strict=False))
+        assert all(a.end <= b.start for a, b in pairwise(closed))
         assert all(b.seconds <= 10 for b in closed)
         assert len(closed) <= 17 + len(cuts)
         if closed:

@@ -1,16 +1,12 @@
 """A rebalancer in a simulated group: it earns its moves, and nothing is ever torn."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from moestro.router.placement import Placement, spread
-from moestro.router.rebalance.ledger import Entry, Outcome, Trigger
-from moestro.router.rebalance.messages import Drop, StartLoad, StartSolve, Switch
-from moestro.router.rebalance.rebalancer import Rebalancer
 from tests.router.rebalance.simulation import (
     CAPACITY,
     EXPERT_BYTES,
@@ -24,6 +20,11 @@ from tests.router.rebalance.simulation import (
     greedy,
     skewed,
 )
+
+from moestro.router.placement import Placement, spread
+from moestro.router.rebalance.ledger import Entry, Outcome, Trigger
+from moestro.router.rebalance.messages import Drop, StartLoad, StartSolve, Switch
+from moestro.router.rebalance.rebalancer import Rebalancer
 
 START = (spread(EXPERTS, RANKS, CAPACITY),) * LAYERS
 SEEDS = range(5)
@@ -73,6 +74,17 @@ def test_skewed_traffic_is_evened_and_the_gain_is_as_predicted(seed: int, noise:
     static = Group(skewed(0), seed, noise=noise, config=replace(QUICK, enabled=False)).run(150)
     assert static.bytes_moved == 0
     assert step_time(group, 10) < 0.75 * step_time(static, 10)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("weight", [0.35, 0.5])
+def test_steps_of_other_sizes_are_not_taken_for_loss_or_gain(seed: int, weight: float) -> None:
+    group = Group(skewed(0, weight), seed, noise=0.1)
+    while group.now < 120:
+        group.tokens_per_step = int(220 + 180 * np.sin(group.now / 3))
+        group.gather()
+    assert {entry.outcome for entry in moves(group)} == {Outcome.KEPT}
+    assert group.loss() < 0.05
 
 
 def test_only_layers_that_pay_move() -> None:
@@ -187,7 +199,7 @@ def test_a_move_that_looked_good_and_is_slow_is_undone_and_tried_ever_more_rarel
         tries = [entry.at for entry in undone if entry.layer == layer]
         gaps = np.diff(tries)
         assert len(tries) <= 6
-        assert all(later > 1.5 * earlier for earlier, later in zip(gaps, gaps[1:], strict=False))
+        assert all(later > 1.5 * earlier for earlier, later in pairwise(gaps))
     assert group.machine.ledger.totals.undone == len(undone)
 
 
