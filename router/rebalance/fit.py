@@ -24,10 +24,24 @@ class Line:
     per_step: float
     per_unit: float
     spread: float
-    samples: int
+    moments: tuple[float, float, float]  # sums of steps², steps x units, units² over the samples
 
     def expects(self, samples: Sequence[Sample]) -> float:
         return math.fsum(self.per_step * steps + self.per_unit * units for steps, units, _ in samples)
+
+    def leverage(self, steps: float, units: float) -> float:
+        """The variance of what is expected of so many steps and units, in variances of one sample: large where the
+        samples say little."""
+        steps_sq, mixed, units_sq = self.moments
+        if _proportional(self.moments):
+            return units * units / units_sq
+        numerator = steps * steps * units_sq - 2 * steps * units * mixed + units * units * steps_sq
+        return numerator / (steps_sq * units_sq - mixed * mixed)
+
+
+def _proportional(moments: tuple[float, float, float]) -> bool:
+    steps_sq, mixed, units_sq = moments
+    return steps_sq * units_sq - mixed * mixed <= 1e-9 * steps_sq * units_sq
 
 
 def fit(samples: Sequence[Sample]) -> Line | None:
@@ -42,9 +56,10 @@ def fit(samples: Sequence[Sample]) -> Line | None:
     units_y = math.fsum(x * y for _, x, y in samples)
     if len(samples) < FEWEST or units_sq == 0 or steps_sq == 0:
         return None
-    determinant = steps_sq * units_sq - mixed * mixed
+    moments = (steps_sq, mixed, units_sq)
     per_step, per_unit = 0.0, units_y / units_sq
-    if determinant > 1e-9 * steps_sq * units_sq:
+    if not _proportional(moments):
+        determinant = steps_sq * units_sq - mixed * mixed
         per_step = (steps_y * units_sq - units_y * mixed) / determinant
         per_unit = (units_y * steps_sq - steps_y * mixed) / determinant
         if per_unit < 0:
@@ -52,7 +67,7 @@ def fit(samples: Sequence[Sample]) -> Line | None:
         elif per_step < 0:
             per_step, per_unit = 0.0, units_y / units_sq
     squares = math.fsum((y - per_step * n - per_unit * x) ** 2 for n, x, y in samples)
-    return Line(per_step, per_unit, math.sqrt(squares / max(1, len(samples) - 2)), len(samples))
+    return Line(per_step, per_unit, math.sqrt(squares / (len(samples) - 2)), moments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +90,8 @@ def compare(before: Line, after: Sequence[Sample]) -> Change | None:
     own = [y - ratio * (before.per_step * n + before.per_unit * x) for n, x, y in after]
     spread_after = math.sqrt(math.fsum(r * r for r in own) / (len(after) - 1))
     spread = max(before.spread, spread_after)
-    error = spread * math.sqrt(len(after) + len(after) ** 2 / before.samples)
+    steps, units = (math.fsum(sample[i] for sample in after) for i in range(2))
+    error = spread * math.sqrt(len(after) + before.leverage(steps, units))
     return Change(excess / expected, 2 * error / expected, excess)
 
 

@@ -177,9 +177,9 @@ class Rebalancer:
             self._refuse(
                 plan.trigger,
                 "would not pay",
-                f"Of {len(appraisals)} layers {len(paying)} would pay; {len(paying) - len(wanted)} of these must wait, as "
-                f"their last move has not paid yet; the rest would save {gain:.1%} of the step time, {self._wanted}. "
-                f"The best: {self._in_words(best)}.",
+                f"Of {len(appraisals)} layers {len(paying)} would pay, {len(paying) - len(wanted)} of which must wait: "
+                f"their last move has not paid; the rest would save {gain:.1%} of the step time, {self._wanted}. The "
+                f"best: {self._in_words(best)}.",
             )
             return
         wanted.sort(key=lambda a: (-a.saved_s / max(1, a.bytes), a.layer))

@@ -55,7 +55,7 @@ def _pack(loads_E: NDArray[np.int64], old: Placement) -> Placement:
     copies_E = np.ones(old.num_experts, dtype=np.int64)
     for _ in range(old.num_slots - old.num_experts):
         copies_E[np.argmax(np.where(copies_E < old.num_ranks, loads_E / copies_E, -1.0))] += 1
-    pieces = sorted(((-loads_E[e] / copies_E[e], e) for e in range(len(loads_E)) for _ in range(copies_E[e])))
+    pieces = sorted((-loads_E[e] / copies_E[e], e) for e in range(len(loads_E)) for _ in range(copies_E[e]))
     held: list[list[int]] = [[] for _ in range(old.num_ranks)]
     load_R = [0.0] * old.num_ranks
     for negative, expert in pieces:
