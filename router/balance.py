@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from moestro.router.balance_search import Ints, greedy, held, improve, rank_loads
 from moestro.router.placement import EMPTY, Placement
 
-TOLERANCE = 0.02
+TOLERANCE = 0.05
 _LAYER_LOAD = 2**40  # what the loads of a layer add up to as integers
 
 
@@ -60,14 +60,15 @@ def balance(
     """One placement a layer. ``load_LE`` is in any unit (rows, rows per second), finite and not negative; only ratios
     within a layer matter.
 
-    Of a layer whose previous placement is given, nothing moves unless that lowers the load of the fullest rank by more
-    than ``tolerance`` (a fraction of the load after it). If something moves, the search stops as soon as the fullest
-    rank is within ``tolerance`` of what it has in the best plan found from nothing, and if it cannot get there, that plan
-    is taken, its ranks renamed so that much of it is already in place. What stays on a rank stays in its slot. So zero asks
-    for the best plan found, and more trades balance for bytes.
+    What a rank may have is judged by the fullest rank of the best plan found from nothing. A layer whose previous
+    placement is within ``tolerance`` of that (a fraction of it) stays as it is. Otherwise slots are changed one by one until
+    it is within half of ``tolerance``, so that no move is made for less than about that; if this ends above
+    ``tolerance``, the plan from nothing is taken, its ranks renamed so that much of it is already in place. What stays on a
+    rank stays in its slot. Zero asks for the best plan found, more trades balance for bytes.
 
     With ``num_groups`` a multiple of the number of nodes, and nodes of equal size, every node gets equally many whole
-    groups (the tolerance holds for the loads of nodes, then within each); otherwise groups and nodes play no part.
+    groups, whatever that moves (the tolerance is applied to the loads of nodes, then to those of ranks); otherwise groups
+    and nodes play no part.
 
     Raises ValueError naming the argument, the bound and the value.
     """
@@ -84,8 +85,8 @@ def balance(
     else:
         new_LRC = _solve(loads, old_LRC, tolerance)
         is_allowed = np.ones(L, dtype=np.bool_)
-    most_old, most_new = _most(loads, old_LRC), _most(loads, new_LRC)
-    keep = is_allowed & _is_complete(old_LRC, E) & (most_old <= _within(most_new, tolerance))
+    keep = is_allowed & _is_complete(old_LRC, E)
+    keep[keep] = _most(loads[keep], old_LRC[keep]) <= _most(loads[keep], new_LRC[keep])
     new_LRC = np.where(keep[:, None, None], old_LRC, new_LRC)
     return tuple(Placement(E, tuple(map(tuple, layer))) for layer in new_LRC.tolist())
 
@@ -100,18 +101,19 @@ def balancedness(load_E: ArrayLike, placement: Placement) -> float:
     return float(load_R.mean() / load_R.max()) if load_R.max() > 0 else 1.0
 
 
-def _solve(load_BE: Ints, old_BRC: Ints, tolerance: float) -> Ints:
-    """slots_BRC, all ranks alike."""
+def _solve(load_BE: Ints, old_BRC: Ints, tolerance: float, parts: int = 1) -> Ints:
+    """slots_BRC, all ranks alike. Every ``parts`` consecutive problems are one layer, as slow as the fullest rank of any."""
     B, R, C = old_BRC.shape
     fresh = _in_place(_from_nothing(load_BE, R, C), old_BRC, load_BE.shape[1])
-    enough = _within(_most(load_BE, fresh), tolerance)
-    kept = fresh.copy()
-    complete = _is_complete(old_BRC, load_BE.shape[1])
-    kept[complete] = improve(
-        load_BE[complete], old_BRC[complete], enough[complete], count_moves=True, max_steps=R * C
-    )
-    cheaper = _num_moves(old_BRC, kept) <= _num_moves(old_BRC, fresh)
-    good = cheaper & (_most(load_BE, kept) <= enough)
+    best_B = np.repeat(_most(load_BE, fresh).reshape(-1, parts).max(axis=1), parts)
+    bearable_B, enough_B = _within(best_B, tolerance), _within(best_B, tolerance / 2)
+    kept = old_BRC.copy()
+    over = _is_complete(old_BRC, load_BE.shape[1])
+    over[over] = _most(load_BE[over], old_BRC[over]) > bearable_B[over]
+    kept[over] = improve(load_BE[over], old_BRC[over], enough_B[over], count_moves=True, max_steps=R * C)
+    good = _is_complete(kept, load_BE.shape[1])
+    good[good] = _most(load_BE[good], kept[good]) <= bearable_B[good]
+    good &= _num_moves(old_BRC, kept) <= _num_moves(old_BRC, fresh)
     return np.where(good[:, None, None], kept, fresh)
 
 
@@ -153,7 +155,7 @@ def _solve_by_node(load_LE: Ints, old_LRC: Ints, ranks_NR: Ints, num_groups: int
     old_by_node = old_LRC[:, ranks_NR].reshape(L, N, ranks_per_node * C)
     old_local = np.take_along_axis(local, old_by_node % (E + 1), axis=2).reshape(L * N, ranks_per_node, C)
     load_local = np.take_along_axis(load_LE[:, None], experts, axis=2).reshape(L * N, experts_per_node)
-    new_local = _solve(load_local, old_local, tolerance).reshape(L, N, ranks_per_node * C)
+    new_local = _solve(load_local, old_local, tolerance, N).reshape(L, N, ranks_per_node * C)
     padded = np.concatenate([experts, np.full((L, N, 1), EMPTY, dtype=np.int64)], axis=2)
     new_by_node = np.take_along_axis(padded, new_local % (experts_per_node + 1), axis=2)
     new_LRC = np.empty_like(old_LRC)
