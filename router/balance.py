@@ -13,39 +13,18 @@ the lowest index.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from moestro.router.balance_search import Ints, greedy, held, improve, rank_loads
+from moestro.router.balance_problem import Topology, check, checked_load, integers, previous_slots
+from moestro.router.balance_search import Bools, Ints, greedy, held, improve, rank_loads
 from moestro.router.placement import EMPTY, Placement
 
-TOLERANCE = 0.02
-_LAYER_LOAD = 2**40  # what the loads of a layer add up to as integers
-
-
-@dataclass(frozen=True, slots=True)
-class Topology:
-    """``node_of_rank[r]`` is the node of rank r; experts change places more cheaply within one."""
-
-    node_of_rank: tuple[int, ...]
-
-    @property
-    def num_ranks(self) -> int:
-        return len(self.node_of_rank)
-
-    @property
-    def ranks_of_node(self) -> tuple[tuple[int, ...], ...]:
-        """By node, in ascending order of their numbers: its ranks."""
-        nodes = sorted(set(self.node_of_rank))
-        return tuple(tuple(r for r, node in enumerate(self.node_of_rank) if node == n) for n in nodes)
-
-    @classmethod
-    def regular(cls, num_ranks: int, ranks_per_node: int) -> Topology:
-        return cls(tuple(rank // ranks_per_node for rank in range(num_ranks)))
+TOLERANCE = 0.05
+NEGLIGIBLE = 0.001  # of a rank's load: not worth a search
+_LAST = np.iinfo(np.int64).max  # sorts behind every expert
 
 
 def balance(
@@ -60,22 +39,24 @@ def balance(
     """One placement a layer. ``load_LE`` is in any unit (rows, rows per second), finite and not negative; only ratios
     within a layer matter.
 
-    Of a layer whose previous placement is given, nothing moves unless that lowers the load of the fullest rank by more
-    than ``tolerance`` (a fraction of the load after it). If something moves, the search stops as soon as the fullest
-    rank is within ``tolerance`` of what it has in the best plan found from nothing, and if it cannot get there, that plan
-    is taken, its ranks renamed so that much of it is already in place. What stays on a rank stays in its slot. So zero asks
-    for the best plan found, and more trades balance for bytes.
+    What a rank may have is judged by the fullest rank of the best plan found from nothing. A layer whose previous
+    placement is within ``tolerance`` of that (a fraction of it) stays as it is. Otherwise slots are changed one by one
+    until it is within half of ``tolerance``, so that no layer is touched to gain less than about that; if the changes
+    end above ``tolerance``, the plan from nothing is taken, its ranks renamed so that much of it is already in place.
+    What stays on a rank stays in its slot. Zero (it counts as NEGLIGIBLE) asks for the best plan found, more trades
+    balance for bytes.
 
     With ``num_groups`` a multiple of the number of nodes, and nodes of equal size, every node gets equally many whole
-    groups (the tolerance holds for the loads of nodes, then within each); otherwise groups and nodes play no part.
+    groups, whatever that moves (the tolerance is applied to the loads of nodes, then to those of ranks); otherwise
+    groups and nodes play no part.
 
     Raises ValueError naming the argument, the bound and the value.
     """
-    load = _checked_load(load_LE)
+    load = checked_load(load_LE)
     L, E = load.shape
-    _check(topology, capacity, E, num_groups, tolerance)
-    old_LRC = _slots(previous, L, E, topology.num_ranks, capacity)
-    loads = _integers(load)
+    check(topology, capacity, E, num_groups, tolerance)
+    old_LRC = previous_slots(previous, L, E, topology.num_ranks, capacity)
+    loads = integers(load)
     ranks_of_node = topology.ranks_of_node
     is_grouped = len(ranks_of_node) > 1 and num_groups % len(ranks_of_node) == 0
     if is_grouped and len({len(ranks) for ranks in ranks_of_node}) == 1:
@@ -84,8 +65,8 @@ def balance(
     else:
         new_LRC = _solve(loads, old_LRC, tolerance)
         is_allowed = np.ones(L, dtype=np.bool_)
-    most_old, most_new = _most(loads, old_LRC), _most(loads, new_LRC)
-    keep = is_allowed & _is_complete(old_LRC, E) & (most_old <= _within(most_new, tolerance))
+    keep = is_allowed & _is_complete(old_LRC, E)
+    keep[keep] = _most(loads[keep], old_LRC[keep]) <= _most(loads[keep], new_LRC[keep])
     new_LRC = np.where(keep[:, None, None], old_LRC, new_LRC)
     return tuple(Placement(E, tuple(map(tuple, layer))) for layer in new_LRC.tolist())
 
@@ -100,34 +81,37 @@ def balancedness(load_E: ArrayLike, placement: Placement) -> float:
     return float(load_R.mean() / load_R.max()) if load_R.max() > 0 else 1.0
 
 
-def _solve(load_BE: Ints, old_BRC: Ints, tolerance: float) -> Ints:
-    """slots_BRC, all ranks alike."""
-    B, R, C = old_BRC.shape
-    fresh = _in_place(_from_nothing(load_BE, R, C), old_BRC, load_BE.shape[1])
-    enough = _within(_most(load_BE, fresh), tolerance)
-    kept = fresh.copy()
-    complete = _is_complete(old_BRC, load_BE.shape[1])
-    kept[complete] = improve(
-        load_BE[complete], old_BRC[complete], enough[complete], count_moves=True, max_steps=R * C
-    )
-    cheaper = _num_moves(old_BRC, kept) <= _num_moves(old_BRC, fresh)
-    good = cheaper & (_most(load_BE, kept) <= enough)
+def _solve(load_BE: Ints, old_BRC: Ints, tolerance: float, parts: int = 1) -> Ints:
+    """slots_BRC, all ranks alike. Every ``parts`` consecutive problems are one layer, as slow as its fullest rank."""
+    _, R, C = old_BRC.shape
+    fresh = _in_old_slots(_with_ranks_renamed(_from_nothing(load_BE, R, C), old_BRC, load_BE.shape[1]), old_BRC)
+    best_B = np.repeat(_most(load_BE, fresh).reshape(-1, parts).max(axis=1), parts)
+    bearable_B, enough_B = _within(best_B, tolerance), _within(best_B, tolerance / 2)
+    kept = old_BRC.copy()
+    over = _is_complete(old_BRC, load_BE.shape[1])
+    over[over] = _most(load_BE[over], old_BRC[over]) > bearable_B[over]
+    steps = improve(load_BE[over], old_BRC[over], enough_B[over], count_moves=True, max_steps=R * C)
+    kept[over] = _in_old_slots(steps, old_BRC[over])  # a step may bring back what another took away
+    good = _is_complete(kept, load_BE.shape[1])
+    good[good] = _most(load_BE[good], kept[good]) <= bearable_B[good]
+    good &= _num_moves(old_BRC, kept) <= _num_moves(old_BRC, fresh)
     return np.where(good[:, None, None], kept, fresh)
 
 
 def _from_nothing(load_BE: Ints, num_ranks: int, capacity: int) -> Ints:
-    """slots_BRC; never fuller on the fullest rank than with one copy of each expert in the least capacity."""
+    """slots_BRC; the fullest rank is never fuller, but for NEGLIGIBLE, than with one copy of each expert."""
     B, E = load_BE.shape
-    mean_B = -(-load_BE.sum(axis=1) // num_ranks)
-    steps = 2 * num_ranks * capacity
+    mean_B = _within(-(-load_BE.sum(axis=1) // num_ranks), NEGLIGIBLE)
 
-    def refined(rows: NDArray[np.int64], slots_BRC: Ints) -> Ints:
+    def refined(rows: Ints, slots_BRC: Ints) -> Ints:
+        steps = 2 * num_ranks * capacity
         return improve(load_BE[rows], slots_BRC, mean_B[rows], count_moves=False, max_steps=steps)
 
     everything = np.arange(B)
     plan = refined(everything, greedy(load_BE, num_ranks, capacity, num_ranks * capacity))
-    # Without copies nothing can go below the mean or the hottest expert: only what lies above needs the comparison.
-    doubtful = everything[_most(load_BE, plan) > np.maximum(mean_B, load_BE.max(axis=1))]
+    # Without copies nothing gets below the mean or the hottest expert: only what lies above needs the comparison.
+    bound_B = np.maximum(mean_B, _within(load_BE.max(axis=1), NEGLIGIBLE))
+    doubtful = everything[_most(load_BE, plan) > bound_B]
     least = -(-E // num_ranks)
     if len(doubtful) and least < capacity:
         packed = np.full((len(doubtful), num_ranks, capacity), EMPTY, dtype=np.int64)
@@ -153,7 +137,7 @@ def _solve_by_node(load_LE: Ints, old_LRC: Ints, ranks_NR: Ints, num_groups: int
     old_by_node = old_LRC[:, ranks_NR].reshape(L, N, ranks_per_node * C)
     old_local = np.take_along_axis(local, old_by_node % (E + 1), axis=2).reshape(L * N, ranks_per_node, C)
     load_local = np.take_along_axis(load_LE[:, None], experts, axis=2).reshape(L * N, experts_per_node)
-    new_local = _solve(load_local, old_local, tolerance).reshape(L, N, ranks_per_node * C)
+    new_local = _solve(load_local, old_local, tolerance, N).reshape(L, N, ranks_per_node * C)
     padded = np.concatenate([experts, np.full((L, N, 1), EMPTY, dtype=np.int64)], axis=2)
     new_by_node = np.take_along_axis(padded, new_local % (experts_per_node + 1), axis=2)
     new_LRC = np.empty_like(old_LRC)
@@ -161,9 +145,7 @@ def _solve_by_node(load_LE: Ints, old_LRC: Ints, ranks_NR: Ints, num_groups: int
     return new_LRC
 
 
-def _dealt_groups(
-    slots_LRC: Ints, ranks_NR: Ints, num_experts: int, num_groups: int
-) -> tuple[NDArray[np.bool_], Ints]:
+def _dealt_groups(slots_LRC: Ints, ranks_NR: Ints, num_experts: int, num_groups: int) -> tuple[Bools, Ints]:
     """Whether each node holds equally many groups and no part of another, and which (all EMPTY if not): groups_LNG."""
     N = len(ranks_NR)
     L = len(slots_LRC)
@@ -179,9 +161,9 @@ def _dealt_groups(
     return is_dealt, np.where(is_dealt[:, None, None], groups, EMPTY)
 
 
-def _in_place(new_BRC: Ints, old_BRC: Ints, num_experts: int) -> Ints:
-    """The new plan with its ranks renamed and each rank's slots reordered, so that much of it is where it was: pairs of
-    ranks with most experts in common are matched first."""
+def _with_ranks_renamed(new_BRC: Ints, old_BRC: Ints, num_experts: int) -> Ints:
+    """The new plan with its ranks in another order: those with most experts in common with an old one take its place
+    first."""
     B, R, _ = new_BRC.shape
     rows = np.arange(B)
     common = held(new_BRC, num_experts).astype(np.float32) @ held(old_BRC, num_experts).astype(np.float32).mT
@@ -191,74 +173,36 @@ def _in_place(new_BRC: Ints, old_BRC: Ints, num_experts: int) -> Ints:
         renamed[rows, old_rank] = new_BRC[rows, new_rank]
         common[rows, new_rank] = -1
         common[rows, :, old_rank] = -1
+    return renamed
 
-    stays = (old_BRC[:, :, :, None] == renamed[:, :, None, :]).any(axis=3) & (old_BRC != EMPTY)
-    is_new = ~(renamed[:, :, :, None] == old_BRC[:, :, None, :]).any(axis=3) & (renamed != EMPTY)
-    arrivals = np.sort(np.where(is_new, renamed, num_experts), axis=2)
-    arrivals[arrivals == num_experts] = EMPTY
+
+def _in_old_slots(new_BRC: Ints, old_BRC: Ints) -> Ints:
+    """The new plan with each rank's slots in another order: what stays keeps its slot, what arrives follows by id."""
+    stays = (old_BRC[:, :, :, None] == new_BRC[:, :, None, :]).any(axis=3) & (old_BRC != EMPTY)
+    is_new = ~(new_BRC[:, :, :, None] == old_BRC[:, :, None, :]).any(axis=3) & (new_BRC != EMPTY)
+    arrivals = np.sort(np.where(is_new, new_BRC, _LAST), axis=2)
     free = np.argsort(stays, axis=2, kind="stable")  # slots without something that stays come first
     placed = np.full_like(old_BRC, EMPTY)
-    np.put_along_axis(placed, free, arrivals, axis=2)
+    np.put_along_axis(placed, free, np.where(arrivals == _LAST, EMPTY, arrivals), axis=2)
     return np.where(stays, old_BRC, placed)
 
 
 def _most(load_BE: Ints, slots_BRC: Ints) -> Ints:
-    return rank_loads(load_BE, slots_BRC).max(axis=1)
+    most_B: Ints = rank_loads(load_BE, slots_BRC).max(axis=1)
+    return most_B
 
 
 def _within(load_B: Ints, tolerance: float) -> Ints:
-    return load_B + np.floor(load_B * tolerance).astype(np.int64)
+    within_B: Ints = load_B + np.floor(load_B * max(tolerance, NEGLIGIBLE)).astype(np.int64)
+    return within_B
 
 
 def _num_moves(old_BRC: Ints, new_BRC: Ints) -> Ints:
-    return ((old_BRC != new_BRC) & (new_BRC != EMPTY)).sum(axis=(1, 2))
+    num_B: Ints = ((old_BRC != new_BRC) & (new_BRC != EMPTY)).sum(axis=(1, 2))
+    return num_B
 
 
-def _is_complete(slots_BRC: Ints, num_experts: int) -> NDArray[np.bool_]:
-    return held(slots_BRC, num_experts).any(axis=1).all(axis=1)
-
-
-def _integers(load_LE: NDArray[np.float64]) -> Ints:
-    """Every layer's loads as integers in proportion; a layer without any load is one where all are alike."""
-    most = load_LE.max(axis=1, keepdims=True)
-    ratio = np.divide(load_LE, most, out=np.ones_like(load_LE), where=most > 0)
-    total = np.array([math.fsum(layer) for layer in ratio.tolist()])  # exact: the order of the experts plays no part
-    return np.rint(ratio / total[:, None] * _LAYER_LOAD).astype(np.int64)
-
-
-def _slots(previous: Sequence[Placement] | None, L: int, E: int, R: int, C: int) -> Ints:
-    """slots_LRC; all EMPTY without a previous placement."""
-    if previous is None:
-        return np.full((L, R, C), EMPTY, dtype=np.int64)
-    if len(previous) != L:
-        raise ValueError(f"previous must have {L} layers as load_LE has, got {len(previous)}")
-    for layer, placement in enumerate(previous):
-        found = (placement.num_experts, placement.num_ranks, placement.capacity)
-        if found != (E, R, C):
-            raise ValueError(f"previous[{layer}]: experts, ranks and capacity must be {(E, R, C)}, got {found}")
-    return np.array([placement.slots for placement in previous], dtype=np.int64)
-
-
-def _checked_load(load_LE: ArrayLike) -> NDArray[np.float64]:
-    load = np.asarray(load_LE, dtype=np.float64)
-    if load.ndim != 2 or not load.size:
-        raise ValueError(f"load_LE must have the shape (layers, experts), none of them 0, got {load.shape}")
-    bad = np.argwhere(~(np.isfinite(load) & (load >= 0)))
-    if len(bad):
-        layer, expert = bad[0].tolist()
-        raise ValueError(f"load_LE[{layer}, {expert}] must be finite and at least 0, got {load[layer, expert]}")
-    return load
-
-
-def _check(topology: Topology, capacity: int, num_experts: int, num_groups: int, tolerance: float) -> None:
-    if topology.num_ranks < 1:
-        raise ValueError("topology must have at least 1 rank, got 0")
-    least = -(-num_experts // topology.num_ranks)
-    if capacity < least:
-        raise ValueError(
-            f"capacity must be at least {least} to hold {num_experts} experts on {topology.num_ranks} ranks, got {capacity}"
-        )
-    if num_groups < 1 or num_experts % num_groups:
-        raise ValueError(f"num_groups must divide {num_experts} experts, got {num_groups}")
-    if not (math.isfinite(tolerance) and tolerance >= 0):
-        raise ValueError(f"tolerance must be finite and at least 0, got {tolerance}")
+def _is_complete(slots_BRC: Ints, num_experts: int) -> Bools:
+    is_held_BE = np.logical_or.reduce(held(slots_BRC, num_experts), axis=1)
+    complete_B: Bools = np.logical_and.reduce(is_held_BE, axis=1)
+    return complete_B

@@ -4,8 +4,8 @@ Legend: B problems, E experts, R ranks, C slots of a rank; arrays of slots hold 
 
 All loads are int64, so no result depends on the order of a sum, and ties go to the lowest index. An expert's load is
 shared equally by its replicas. Every step of the search lowers the load of the fullest rank and leaves each rank it
-touches below what that one had: the sorted vector of rank loads falls, so the search ends, and its plan is never worse than
-its start.
+touches below what that one had: the sorted vector of rank loads falls, so the search ends, and its plan is never worse
+than its start.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ NEVER = np.iinfo(np.int64).max // 4  # above any load
 
 def share(load: Ints, replicas: Ints) -> Ints:
     """The load of each of so many replicas, rounded up."""
-    return -(-load // np.maximum(replicas, 1))
+    part: Ints = -(-load // np.maximum(replicas, 1))
+    return part
 
 
 def held(slots_BRC: Ints, num_experts: int) -> Bools:
@@ -42,9 +43,9 @@ def rank_loads(load_BE: Ints, slots_BRC: Ints) -> Ints:
 
 
 def greedy(load_BE: Ints, num_ranks: int, capacity: int, num_copies: int) -> Ints:
-    """slots_BRC from nothing: ``num_copies`` copies shared out so that the largest share is least (an expert with no load
-    gets one, and none gets more than there are ranks), then dealt in order of falling share, each to the emptiest ranks
-    with a free slot. Copies that find no rank of their own are left out."""
+    """slots_BRC from nothing: ``num_copies`` copies shared out so that the largest share is least (an expert with no
+    load gets one, and none gets more than there are ranks), then dealt in order of falling share, each to the emptiest
+    ranks with a free slot. Copies that find no rank of their own are left out."""
     B, E = load_BE.shape
     rows = np.arange(B)
     copies_BE = np.ones((B, E), dtype=np.int64)
@@ -107,7 +108,7 @@ class _State:
         self.copies_BE = counts[:, :E]
         self.share_BE = share(load_BE, self.copies_BE)
         self.share_BRC = per_slot(self.share_BE, slots_BRC)
-        self.load_BR = self.share_BRC.sum(axis=2)
+        self.load_BR: Ints = self.share_BRC.sum(axis=2)
         self.fullest_B = self.load_BR.argmax(axis=1)
         self.top_B = self.load_BR.max(axis=1)
 
@@ -131,8 +132,8 @@ class _Steps:
 
 
 def _best_steps(state: _State, enough_B: Ints, count_moves: bool) -> _Steps:
-    """By the highest load that the ranks it touches have afterwards; anything below ``enough_B`` is as good as that, and
-    of equally good steps the one with the lowest such load."""
+    """By the highest load that the ranks it touches have afterwards; anything below ``enough_B`` is as good as that,
+    and of equally good steps the one with the lowest such load."""
     B, R, C = state.slots_BRC.shape
     rows = np.arange(B)
     after_XB = np.stack([_after_swap(state), _after_copy(state)])  # two kinds of step: B, C, R, C
@@ -162,8 +163,8 @@ def _after_swap(state: _State) -> Ints:
 
 
 def _after_copy(state: _State) -> Ints:
-    """after_BCRC: the highest load among the ranks concerned if slot C of rank R gets one more copy of what slot C of the
-    fullest rank has."""
+    """after_BCRC: the highest load among the ranks concerned if slot C of rank R gets one more copy of what slot C of
+    the fullest rank has."""
     rows = np.arange(len(state.slots_BRC))
     mine_BC, share_BC = state.slots_BRC[rows, state.fullest_B], state.share_BRC[rows, state.fullest_B]
     thinner_BE = share(state.load_BE, state.copies_BE + 1)
@@ -177,8 +178,8 @@ def _after_copy(state: _State) -> Ints:
 
 
 def _after_loss(state: _State) -> Ints:
-    """after_BRC: the highest load among the ranks that keep a copy of what is in a slot, once this copy is gone; NEVER if it
-    is the only one, 0 for an empty slot."""
+    """after_BRC: the highest load among the ranks that keep a copy of what is in a slot, once this copy is gone; NEVER
+    if it is the only one, 0 for an empty slot."""
     B, R, C = state.slots_BRC.shape
     E = state.load_BE.shape[1]
     rows_B1 = np.arange(B)[:, None]
@@ -203,13 +204,15 @@ def _after_loss(state: _State) -> Ints:
 def _holds_mine(state: _State, mine_BC: Ints) -> Bools:
     """holds_BCR: rank R has a copy of what slot C of the fullest rank has (or is that rank, or that slot is empty)."""
     found = (mine_BC[:, :, None, None] == state.slots_BRC[:, None]).any(axis=3)
-    return found | (mine_BC == EMPTY)[:, :, None]
+    holds: Bools = found | (mine_BC == EMPTY)[:, :, None]
+    return holds
 
 
 def _is_mine(state: _State, mine_BC: Ints) -> Bools:
     """is_BRC: the fullest rank has a copy of what is in a slot."""
     found = (state.slots_BRC[:, :, :, None] == mine_BC[:, None, None, :]).any(axis=3)
-    return found & (state.slots_BRC != EMPTY)
+    is_mine: Bools = found & (state.slots_BRC != EMPTY)
+    return is_mine
 
 
 def _forbid(after_BCRC: Ints, by_rank_BCR: Bools, by_slot_BRC: Bools) -> Ints:

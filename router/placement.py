@@ -8,6 +8,8 @@ rank after rank: slot i of rank r is number ``r * capacity + i``. An expert in s
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 EMPTY = -1
@@ -76,3 +78,33 @@ def spread(num_experts: int, num_ranks: int, capacity: int | None = None) -> Pla
     bounds = [num_experts * rank // num_ranks for rank in range(num_ranks + 1)]
     held = [tuple(range(bounds[r], bounds[r + 1])) for r in range(num_ranks)]
     return Placement(num_experts, tuple(experts + (EMPTY,) * ((capacity or least) - len(experts)) for experts in held))
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """An expert to be loaded: into slot ``slot`` of rank ``rank``."""
+
+    rank: int
+    slot: int
+    expert: int
+
+
+def moves(old: Placement, new: Placement) -> tuple[Move, ...]:
+    """What must be loaded to turn one placement of a layer into another, by rank and slot. A slot that becomes empty
+    loads nothing. Raises ValueError if they differ in experts, ranks or capacity."""
+    for field in ("num_experts", "num_ranks", "capacity"):
+        before, after = getattr(old, field), getattr(new, field)
+        if before != after:
+            raise ValueError(f"{field}: the new placement has {after}, the old one {before}")
+    return tuple(
+        Move(rank, slot, expert)
+        for rank, (before, after) in enumerate(zip(old.slots, new.slots, strict=True))
+        for slot, (left, expert) in enumerate(zip(before, after, strict=True))
+        if expert not in (left, EMPTY)
+    )
+
+
+def moves_of_rank(steps: Iterable[Move], num_ranks: int) -> tuple[int, ...]:
+    """By rank: how many experts it must load."""
+    loaded = Counter(move.rank for move in steps)
+    return tuple(loaded[rank] for rank in range(num_ranks))
