@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
 
 from moestro import __version__
 from moestro.cluster.backend import Backend
+from moestro.cluster.client_results import cluster_status, group_experts
 from moestro.cluster.config import Config
 from moestro.cluster.directory import GroupEntry
 from moestro.cluster.edge.core import RequestCore
 from moestro.cluster.edge.grpc_server import GrpcOptions, GrpcServer
 from moestro.cluster.edge.served import EdgeLimits, ServedModel
+from moestro.cluster.metrics.series import Observed
+from moestro.cluster.metrics.server import MetricsServer
 from moestro.cluster.operations import ClusterOperations
 from moestro.cluster.ranks.backend import ClusterBackend
 from moestro.cluster.text.model import TextModel
 from moestro.cluster.text.stream import TextStream
+from moestro.protos.errors import MoestroError
+from moestro.protos.gen import inference_pb2 as pb
+
+log = logging.getLogger(__name__)
 
 
 class Gateway:
@@ -38,6 +46,9 @@ class Gateway:
                 grace_s=server.drain_s,
             ),
         )
+        self._metrics = (
+            MetricsServer(self._observe, server.host, metrics_ports(config)) if server.metrics_port else None
+        )
 
     def update(self, groups: Iterable[GroupEntry]) -> None:
         """Takes the directory's latest picture."""
@@ -46,14 +57,27 @@ class Gateway:
         self._backend.update(picture)
 
     async def start(self) -> int:
-        """Waits for a rank, then opens the port, which it returns."""
+        """Waits for a rank, then opens the port, which it returns, and that of the metrics."""
         await self._backend.wait_attached()
-        return await self._server.start()
+        port = await self._server.start()
+        if self._metrics is not None:
+            log.info("metrics on port %d", self._metrics.start())
+        return port
 
     async def stop(self) -> None:
         """Open streams may finish within the drain period."""
         await self._server.stop()
+        if self._metrics is not None:
+            await self._metrics.stop()
         await self._backend.close()
+
+    async def _observe(self) -> Observed:
+        """What the metrics show. Without an answer from the ranks they are those of the gateway alone."""
+        try:
+            experts = group_experts(await self._operations.experts(pb.GetExpertsRequest()))
+        except (MoestroError, TimeoutError):
+            experts = ()
+        return Observed(__version__, self._core.num_open, cluster_status(await self._operations.status()), experts)
 
 
 def bracketed(host: str) -> str:
@@ -64,6 +88,12 @@ def bracketed(host: str) -> str:
 def advertised(host: str, port: int, here: str) -> str:
     """host:port that a client can call: ``here`` stands for this machine when it listens on every interface."""
     return f"{bracketed(here if host in ('', '0.0.0.0', '::', '[::]') else host)}:{port}"
+
+
+def metrics_ports(config: Config) -> range:
+    """The ports that the gateways of one host share out among themselves."""
+    first = config.server.metrics_port
+    return range(first, min(first + config.cluster.gateways, 2**16))
 
 
 def served_model(config: Config, backend: Backend) -> ServedModel:

@@ -1,5 +1,5 @@
-"""A whole control plane in this process: rank servers, links and a gateway's server, all real. Only what an engine would
-know of its experts is made up."""
+"""A whole control plane in this process: rank servers, links and a gateway's server, all real. Only what an engine
+would know of its experts is made up."""
 
 from __future__ import annotations
 
