@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -58,14 +59,20 @@ def report_of(num_experts: int, num_ranks: int = 2, num_layers: int = 2, hot: in
 
 @dataclass
 class FakeGroup:
-    """One group of one rank server, which keeps what it is asked to place, or refuses with ``refusal``."""
+    """One group of one rank server, which keeps what it is asked to place, or refuses with ``refusal``. It thinks for
+    ``delay_s`` before it reports."""
 
     name: str
     report: ExpertsReport
     epoch: int = 3
     refusal: Exception | None = None
+    delay_s: float = 0.0
     asked: list[PlacementRequest] = field(default_factory=list)
     entry: GroupEntry | None = None  # once it serves
+
+    def experts(self) -> ExpertsReport:
+        time.sleep(self.delay_s)
+        return self.report
 
     def request_placement(self, request: PlacementRequest) -> None:
         if self.refusal is not None:
@@ -80,7 +87,7 @@ class FakeGroup:
             EngineLoad(num_running=RUNNING, num_waiting=1, kv_blocks_used=5, kv_blocks_total=64, num_steps=128),
             SECRET,
             self.epoch,
-            experts=lambda: self.report,
+            experts=self.experts,
             request_placement=self.request_placement,
         )
         server = grpc.aio.server(options=CHANNEL_OPTIONS)

@@ -12,6 +12,7 @@ from tests.edge.serving import refused
 from moestro.cluster.client import AsyncClient
 from moestro.cluster.client_results import GroupExperts
 from moestro.cluster.edge.statuses import status_of
+from moestro.cluster.ranks import link
 from moestro.cluster.ranks.link import RankLink
 from moestro.protos.errors import FieldViolation, InvalidRequest, MoestroError, Unavailable
 from moestro.protos.experts import PlacementRequest
@@ -143,6 +144,21 @@ def test_a_lost_group_takes_nothing_from_the_others() -> None:
     asyncio.run(scenario())
 
 
+def test_a_group_that_hangs_does_not_hold_up_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "ASK_S", 0.2)
+
+    async def scenario() -> None:
+        async with (
+            cluster(FakeGroup("group-0", REPORT), FakeGroup("group-1", REPORT, delay_s=0.6)) as it,
+            client_of(it) as client,
+        ):
+            assert [group.name for group in await client.experts()] == ["group-0"]
+            with pytest.raises(TimeoutError):
+                await client.experts("group-1")
+
+    asyncio.run(scenario())
+
+
 def test_what_fails_in_a_rank_tells_no_secrets() -> None:
     async def scenario() -> None:
         group = FakeGroup("group-0", REPORT, refusal=RuntimeError("in /some/path"))
@@ -159,12 +175,12 @@ def test_strangers_learn_and_move_nothing() -> None:
         group = FakeGroup("group-0", REPORT)
         async with group.serving():
             assert group.entry is not None
-            link = RankLink(group.entry.ranks[0].address, "gw", f"not {SECRET}", 3, lambda _: None)
-            for call in (link.experts(), link.set_placement(pb.SetPlacementRequest(even=True))):
+            stranger = RankLink(group.entry.ranks[0].address, "gw", f"not {SECRET}", 3, lambda _: None)
+            for call in (stranger.experts(), stranger.set_placement(pb.SetPlacementRequest(even=True))):
                 with pytest.raises(MoestroError, match="UNAUTHENTICATED") as error:
                     await call
                 assert status_of(error.value, "id").code is grpc.StatusCode.INTERNAL  # our fault, not the caller's
-            await link.close()
+            await stranger.close()
             assert group.asked == []
 
     asyncio.run(scenario())
