@@ -97,6 +97,7 @@ def save(
     group: Annotated[str, typer.Option(help="Which, where there are several.")] = "",
 ) -> None:
     """Saves where a group's experts are, for `moestro experts move --from`."""
+    from moestro.cluster.cli.experts_view import layers
     from moestro.router.placement import Placement
     from moestro.router.placement_file import save_placements
 
@@ -111,7 +112,7 @@ def save(
         save_placements(file, shape, placements)
     except OSError as error:
         raise ConfigError(f"{file}: cannot be written: {error.strerror or error}") from None
-    typer.echo(f"{groups[0].name}: {len(placements)} layers in {file}")
+    typer.echo(f"{groups[0].name}: {layers(len(placements))} in {file}")
 
 
 def to_json(groups: Sequence[GroupExperts]) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def rebalancer_line(report: ExpertsReport) -> Text:
     text = Text("rebalancer ").append("on" if state.enabled else "off", "green" if state.enabled else "dim")
     if state.enabled or state.activity != "off":
         text.append(f", {state.activity}")
-    moved = f"; since the start {mebibytes(state.moved_bytes)} MiB moved, {state.switched_layers} layers switched"
+    moved = f"; since the start {mebibytes(state.moved_bytes)} MiB moved, {layers(state.switched_layers)} switched"
     return text.append(f"{moved}, {state.undone_layers} undone")
 
 
@@ -138,6 +138,10 @@ def ranges(numbers: Sequence[int]) -> str:
     return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in ends)
 
 
+def layers(count: int) -> str:
+    return f"{count} layer" + "s" * (count != 1)
+
+
 def age(seconds: float) -> str:
     """In the unit that a person would use."""
     for unit, length_s in (("h", 3600.0), ("min", 60.0)):
@@ -155,7 +159,7 @@ def _title(group: GroupExperts) -> Text:
     text = Text(group.name, "bold").append(f"  epoch {group.epoch}  {report.architecture}", "default")
     if report.layers:
         text.append(
-            f"  {report.num_experts} experts in {len(report.layers)} layers, {report.slots_per_rank} slots on each of "
+            f"  {report.num_experts} experts in {layers(len(report.layers))}, {report.slots_per_rank} slots on each of "
             f"{len(report.ranks)} ranks; the last {report.window_s:.0f} s",
             "default",
         )
