@@ -28,7 +28,7 @@ from moestro.cluster.bench.hardware import hardware_record
 from moestro.cluster.edge.core import RequestCore
 from moestro.cluster.edge.grpc_server import GrpcOptions, GrpcServer
 from moestro.cluster.edge.served import ServedModel
-from moestro.cluster.edge.stub import StubBackend
+from moestro.cluster.edge.stub import StubBackend, StubCluster
 from moestro.cluster.text.model import TextModel
 from moestro.cluster.text.stream import TextStream
 from moestro.protos.gen import inference_pb2 as pb
@@ -62,12 +62,9 @@ def serve(ready: Connection, folder: Path, max_context: int, cores: list[int]) -
     """The server process. Sends its port, then its CPU seconds whenever asked, until told to stop."""
     os.sched_setaffinity(0, cores)
 
-    async def no_status() -> pb.GetClusterStatusResponse:
-        return pb.GetClusterStatusResponse()
-
     async def run() -> None:
         core = RequestCore([served_model(folder, max_context)])
-        server = GrpcServer(core, no_status, "bench", GrpcOptions(host="127.0.0.1", port=0))
+        server = GrpcServer(core, StubCluster(), "bench", GrpcOptions(host="127.0.0.1", port=0))
         ready.send(await server.start())
         while await asyncio.to_thread(ready.recv) == "cpu":
             ready.send(time.process_time())

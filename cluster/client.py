@@ -21,8 +21,9 @@ import grpc
 
 from moestro.cluster import client_calls as calls
 from moestro.cluster.client_calls import CHANNEL_OPTIONS, Attempts, Call, Messages, Options
-from moestro.cluster.client_results import ClusterStatus, ModelInfo, ServerInfo
+from moestro.cluster.client_results import ClusterStatus, GroupExperts, ModelInfo, ServerInfo
 from moestro.cluster.edge.events import Completion, StreamEvent, gather
+from moestro.protos.experts import PlacementRequest
 
 __all__ = ["AsyncClient", "Client", "Completion", "Options", "StreamEvent"]
 
@@ -71,6 +72,14 @@ class Client:
     def status(self) -> ClusterStatus:
         """Groups, ranks, load and KV use."""
         return self._unary(calls.status())
+
+    def experts(self, group: str = "") -> tuple[GroupExperts, ...]:
+        """Where experts lie, what they compute and what the rebalancer decided; of one group, or of all that serve."""
+        return self._unary(calls.experts(group))
+
+    def set_placement(self, request: PlacementRequest, group: str = "") -> tuple[str, ...]:
+        """Asks one group, or all that serve, to move experts in the background; returns those that have begun."""
+        return self._unary(calls.set_placement(request, group))
 
     def close(self) -> None:
         """Closes the connection; open streams are cancelled."""
@@ -155,6 +164,14 @@ class AsyncClient:
     async def status(self) -> ClusterStatus:
         """Groups, ranks, load and KV use."""
         return await self._unary(calls.status())
+
+    async def experts(self, group: str = "") -> tuple[GroupExperts, ...]:
+        """Where experts lie, what they compute and what the rebalancer decided; of one group, or of all that serve."""
+        return await self._unary(calls.experts(group))
+
+    async def set_placement(self, request: PlacementRequest, group: str = "") -> tuple[str, ...]:
+        """Asks one group, or all that serve, to move experts in the background; returns those that have begun."""
+        return await self._unary(calls.set_placement(request, group))
 
     async def close(self) -> None:
         """Closes the connection; open streams are cancelled."""

@@ -13,11 +13,22 @@ from typing import Any, Generic, TypedDict, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from moestro.cluster.client_results import ClusterStatus, ModelInfo, ServerInfo, cluster_status, model_info, server_info
+from moestro.cluster.client_results import (
+    ClusterStatus,
+    GroupExperts,
+    ModelInfo,
+    ServerInfo,
+    cluster_status,
+    group_experts,
+    model_info,
+    server_info,
+)
 from moestro.cluster.edge.events import Completion, StreamEvent
 from moestro.cluster.edge.statuses import DETAILS_KEY, error_of
 from moestro.cluster.edge.wire import decode_completion, decode_event
 from moestro.protos.errors import FieldViolation, InvalidRequest, MoestroError, Unavailable
+from moestro.protos.experts import PlacementRequest
+from moestro.protos.experts_wire import encode_placement
 from moestro.protos.gen import inference_pb2 as pb
 
 T = TypeVar("T")
@@ -143,6 +154,24 @@ def status() -> Call[ClusterStatus]:
         f"{_CLUSTER}GetClusterStatus",
         pb.GetClusterStatusRequest().SerializeToString(),
         lambda data: cluster_status(pb.GetClusterStatusResponse.FromString(data)),
+    )
+
+
+def experts(group: str) -> Call[tuple[GroupExperts, ...]]:
+    return Call(
+        f"{_CLUSTER}GetExperts",
+        pb.GetExpertsRequest(group=group).SerializeToString(),
+        lambda data: group_experts(pb.GetExpertsResponse.FromString(data)),
+    )
+
+
+def set_placement(request: PlacementRequest, group: str) -> Call[tuple[str, ...]]:
+    try:
+        data = encode_placement(request, group).SerializeToString()
+    except (ValueError, TypeError) as error:
+        raise InvalidRequest([FieldViolation("placement", f"cannot be sent: {error}")]) from error
+    return Call(
+        f"{_CLUSTER}SetPlacement", data, lambda answer: tuple(pb.SetPlacementResponse.FromString(answer).groups)
     )
 
 

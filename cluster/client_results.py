@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moestro.protos.experts import ExpertsReport
+from moestro.protos.experts_wire import decode_report
 from moestro.protos.gen import inference_pb2 as pb
 
 
@@ -67,6 +69,15 @@ class ClusterStatus:
     open_streams: int
 
 
+@dataclass(frozen=True, slots=True)
+class GroupExperts:
+    """The experts of one group."""
+
+    name: str
+    epoch: int
+    report: ExpertsReport
+
+
 def model_info(m: pb.Model) -> ModelInfo:
     return ModelInfo(m.name, m.architecture, m.max_context, m.vocab_size, m.dtype, m.has_chat_template)
 
@@ -100,3 +111,7 @@ def _rank(m: pb.Rank) -> RankStatus:
         resident_bytes=m.resident_bytes,
         device=m.device,
     )
+
+
+def group_experts(message: pb.GetExpertsResponse) -> tuple[GroupExperts, ...]:
+    return tuple(GroupExperts(group.group, group.epoch, decode_report(group)) for group in message.groups)

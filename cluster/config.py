@@ -91,6 +91,13 @@ class SchedulerSection(Section):
 class ServerConfig(Section):
     host: str = Field(default="127.0.0.1", description="Address the gateways listen on. 0.0.0.0: every interface.")
     port: int = Field(default=50051, ge=0, le=65535, description="gRPC port. 0: any free one.")
+    metrics_port: int = Field(
+        default=0,
+        ge=0,
+        le=65535,
+        description="Port of Prometheus metrics over HTTP, for example 9464. 0: none. Of several gateways on one host "
+        "each takes the next free one.",
+    )
     max_message_bytes: Bytes = Field(default=4 * 2**20, ge=2**10, description="Larger requests are refused.")
     max_open_requests: int = Field(
         default=4096, ge=1, description="Requests in flight at one gateway; beyond it RESOURCE_EXHAUSTED."

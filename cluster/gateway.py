@@ -3,40 +3,41 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
 
 from moestro import __version__
 from moestro.cluster.backend import Backend
+from moestro.cluster.client_results import cluster_status, group_experts
 from moestro.cluster.config import Config
-from moestro.cluster.directory import GroupEntry, RankState
+from moestro.cluster.directory import GroupEntry
 from moestro.cluster.edge.core import RequestCore
 from moestro.cluster.edge.grpc_server import GrpcOptions, GrpcServer
 from moestro.cluster.edge.served import EdgeLimits, ServedModel
+from moestro.cluster.metrics.series import Observed
+from moestro.cluster.metrics.server import MetricsServer
+from moestro.cluster.operations import ClusterOperations
 from moestro.cluster.ranks.backend import ClusterBackend
 from moestro.cluster.text.model import TextModel
 from moestro.cluster.text.stream import TextStream
+from moestro.protos.errors import MoestroError
 from moestro.protos.gen import inference_pb2 as pb
-from moestro.protos.sequences import EngineLoad
 
-_STATES = {
-    RankState.STARTING: pb.RANK_STATE_STARTING,
-    RankState.SERVING: pb.RANK_STATE_SERVING,
-    RankState.LOST: pb.RANK_STATE_LOST,
-}
+log = logging.getLogger(__name__)
 
 
 class Gateway:
     """Serves one model's cluster on one port. All methods on one asyncio loop."""
 
     def __init__(self, config: Config, secret: str, gateway_id: str) -> None:
-        self._groups: tuple[GroupEntry, ...] = ()
         self._backend = ClusterBackend(gateway_id, secret)
+        self._operations = ClusterOperations(self._backend)
         self._core = RequestCore([served_model(config, self._backend)], edge_limits(config))
         server = config.server
         self._server = GrpcServer(
             self._core,
-            self._status,
+            self._operations,
             __version__,
             GrpcOptions(
                 host=bracketed(server.host),
@@ -45,27 +46,38 @@ class Gateway:
                 grace_s=server.drain_s,
             ),
         )
+        self._metrics = (
+            MetricsServer(self._observe, server.host, metrics_ports(config)) if server.metrics_port else None
+        )
 
     def update(self, groups: Iterable[GroupEntry]) -> None:
         """Takes the directory's latest picture."""
-        self._groups = tuple(groups)
-        self._backend.update(self._groups)
+        picture = tuple(groups)
+        self._operations.update(picture)
+        self._backend.update(picture)
 
     async def start(self) -> int:
-        """Waits for a rank, then opens the port, which it returns."""
+        """Waits for a rank, then opens the port, which it returns, and that of the metrics."""
         await self._backend.wait_attached()
-        return await self._server.start()
+        port = await self._server.start()
+        if self._metrics is not None:
+            log.info("metrics on port %d", self._metrics.start())
+        return port
 
     async def stop(self) -> None:
         """Open streams may finish within the drain period."""
         await self._server.stop()
+        if self._metrics is not None:
+            await self._metrics.stop()
         await self._backend.close()
 
-    async def _status(self) -> pb.GetClusterStatusResponse:
-        loads = self._backend.loads()
-        return pb.GetClusterStatusResponse(
-            groups=[group_message(group, loads) for group in self._groups], open_streams=self._core.num_open
-        )
+    async def _observe(self) -> Observed:
+        """What the metrics show. Without an answer from the ranks they are those of the gateway alone."""
+        try:
+            experts = group_experts(await self._operations.experts(pb.GetExpertsRequest()))
+        except (MoestroError, TimeoutError):
+            experts = ()
+        return Observed(__version__, self._core.num_open, cluster_status(await self._operations.status()), experts)
 
 
 def bracketed(host: str) -> str:
@@ -76,6 +88,12 @@ def bracketed(host: str) -> str:
 def advertised(host: str, port: int, here: str) -> str:
     """host:port that a client can call: ``here`` stands for this machine when it listens on every interface."""
     return f"{bracketed(here if host in ('', '0.0.0.0', '::', '[::]') else host)}:{port}"
+
+
+def metrics_ports(config: Config) -> range:
+    """The ports that the gateways of one host share out among themselves."""
+    first = config.server.metrics_port
+    return range(first, min(first + config.cluster.gateways, 2**16))
 
 
 def served_model(config: Config, backend: Backend) -> ServedModel:
@@ -95,26 +113,3 @@ def edge_limits(config: Config) -> EdgeLimits:
     return EdgeLimits(
         max_open_requests=config.server.max_open_requests, max_message_bytes=config.server.max_message_bytes
     )
-
-
-def group_message(group: GroupEntry, loads: dict[str, EngineLoad]) -> pb.Group:
-    message = pb.Group(name=group.name, dp=group.dp, tp=group.tp, epoch=group.epoch)
-    for number, rank in enumerate(group.ranks):
-        # A tensor-parallel peer does what its leader does, so the leader's load is its load too.
-        leader = group.ranks[number - number % group.tp]
-        load = loads.get(leader.address, EngineLoad())
-        message.ranks.add(
-            name=f"{group.name} rank {number}",
-            dp_rank=rank.dp_rank,
-            tp_rank=rank.tp_rank,
-            state=_STATES[rank.state],
-            num_running=load.num_running,
-            num_waiting=load.num_waiting,
-            kv_blocks_used=load.kv_blocks_used,
-            kv_blocks_total=load.kv_blocks_total,
-            num_steps=load.num_steps,
-            step_seconds=load.step_s,
-            resident_bytes=rank.resident_bytes,
-            device=rank.device,
-        )
-    return message

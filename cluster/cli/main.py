@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from moestro import __version__
-from moestro.cluster.cli import bench, config, generate, serve, status
+from moestro.cluster.cli import bench, config, experts, generate, serve, status
 from moestro.protos.errors import MoestroError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command()(serve.serve)
 app.command()(generate.generate)
 app.command()(generate.chat)
 app.command()(status.status)
+app.add_typer(experts.app, name="experts")
 app.command()(bench.bench)
 app.command()(config.config)
 

@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import _async as aio_reflection
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from moestro.cluster.edge.core import RequestCore
-from moestro.cluster.edge.grpc_services import CLUSTER, INFERENCE, ClusterHandlers, ClusterStatus, InferenceHandlers
+from moestro.cluster.edge.grpc_services import CLUSTER, INFERENCE, ClusterHandlers, ClusterSource, InferenceHandlers
 from moestro.protos.errors import ConfigError
 
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
@@ -36,7 +36,7 @@ class GrpcServer:
     """Serves until stopped. ``start`` raises ConfigError when the port is taken."""
 
     def __init__(
-        self, core: RequestCore, status: ClusterStatus, version: str, options: GrpcOptions | None = None
+        self, core: RequestCore, cluster: ClusterSource, version: str, options: GrpcOptions | None = None
     ) -> None:
         self.options = options or GrpcOptions()
         self.port = 0  # known once started
@@ -46,7 +46,7 @@ class GrpcServer:
             # A backstop far above the core's own bound, which answers with details.
             maximum_concurrent_rpcs=4 * core.limits.max_open_requests + 64,
         )
-        handlers = (InferenceHandlers(core, version).generic(), ClusterHandlers(core, status).generic())
+        handlers = (InferenceHandlers(core, version).generic(), ClusterHandlers(core, cluster).generic())
         self._server.add_generic_rpc_handlers((*handlers, _reflection_v1((INFERENCE, CLUSTER))))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(_service_names((INFERENCE, CLUSTER)), self._server)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -30,7 +30,6 @@ MAX_ID_CHARS = 128  # of an id that is told back
 COMPRESS_FROM_BYTES = 1024  # smaller answers are not worth it
 
 Context = grpc.aio.ServicerContext[Any, Any]
-ClusterStatus = Callable[[], Awaitable[pb.GetClusterStatusResponse]]
 M = TypeVar("M", bound=Message)
 
 
@@ -107,21 +106,53 @@ class InferenceHandlers:
         ).SerializeToString()
 
 
+class ClusterSource(Protocol):
+    """Who answers operators. Both calls about experts raise InvalidRequest for a group that is not known."""
+
+    async def status(self) -> pb.GetClusterStatusResponse: ...
+
+    async def experts(self, request: pb.GetExpertsRequest) -> pb.GetExpertsResponse: ...
+
+    async def set_placement(self, request: pb.SetPlacementRequest) -> pb.SetPlacementResponse: ...
+
+
 class ClusterHandlers:
     """moestro.v1.ClusterService."""
 
-    def __init__(self, core: RequestCore, status: ClusterStatus) -> None:
+    def __init__(self, core: RequestCore, cluster: ClusterSource) -> None:
         self._core = core
-        self._status = status
+        self._cluster = cluster
 
     def generic(self) -> grpc.GenericRpcHandler[Any, Any]:
-        handler = grpc.unary_unary_rpc_method_handler(_unary(pb.GetClusterStatusRequest, self._cluster_status))
-        return grpc.method_handlers_generic_handler(CLUSTER, {"GetClusterStatus": handler})
+        unary = grpc.unary_unary_rpc_method_handler
+        return grpc.method_handlers_generic_handler(
+            CLUSTER,
+            {
+                "GetClusterStatus": unary(_unary(pb.GetClusterStatusRequest, self._cluster_status)),
+                "GetExperts": unary(_unary(pb.GetExpertsRequest, self._experts)),
+                "SetPlacement": unary(_unary(pb.SetPlacementRequest, self._set_placement)),
+            },
+        )
 
     async def _cluster_status(self, request: pb.GetClusterStatusRequest, context: Context) -> bytes:
-        response = await self._status()
+        response = await self._cluster.status()
         response.open_streams = self._core.num_open
         return response.SerializeToString()
+
+    async def _experts(self, request: pb.GetExpertsRequest, context: Context) -> bytes:
+        return (await self._cluster.experts(request)).SerializeToString()
+
+    async def _set_placement(self, request: pb.SetPlacementRequest, context: Context) -> bytes:
+        validate_placement(request)
+        return (await self._cluster.set_placement(request)).SerializeToString()
+
+
+def validate_placement(request: pb.SetPlacementRequest) -> None:
+    """What can be said without knowing the model. Raises InvalidRequest."""
+    if request.WhichOneof("placement") == "even" and not request.even:
+        raise InvalidRequest([FieldViolation("even", "must be true or absent, got false")])
+    if request.WhichOneof("placement") is None and not request.HasField("rebalance"):
+        raise InvalidRequest([FieldViolation("placement", "set one of experts, random_seed and even, or rebalance")])
 
 
 def _streaming(

@@ -1,4 +1,5 @@
-"""A Backend without a model: deterministic tokens, at once or at a given rate; to test and measure the edge."""
+"""A Backend without a model: deterministic tokens, at once or at a given rate; and a cluster without ranks. To test and
+measure the edge."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import asyncio
 from collections.abc import Sequence
 
 from moestro.protos.errors import Overloaded, Unavailable
+from moestro.protos.gen import inference_pb2 as pb
 from moestro.protos.sequences import (
     EngineLimits,
     FinishReason,
@@ -143,3 +145,21 @@ def _reason(sequence: SequenceRequest, token: int, num_output: int) -> FinishRea
         if token in params.eos_token_ids and not params.ignore_eos:
             return FinishReason.EOS
     return FinishReason.LENGTH if num_output >= params.max_tokens else None
+
+
+class StubCluster:
+    """A ClusterSource of given groups, which keeps what it is asked to place."""
+
+    def __init__(self, groups: Sequence[pb.GroupExperts] = (pb.GroupExperts(group="g0"),)) -> None:
+        self._groups = tuple(groups)
+        self.placements: list[pb.SetPlacementRequest] = []
+
+    async def status(self) -> pb.GetClusterStatusResponse:
+        return pb.GetClusterStatusResponse(groups=[pb.Group(name=each.group, dp=1, tp=1) for each in self._groups])
+
+    async def experts(self, request: pb.GetExpertsRequest) -> pb.GetExpertsResponse:
+        return pb.GetExpertsResponse(groups=self._groups)
+
+    async def set_placement(self, request: pb.SetPlacementRequest) -> pb.SetPlacementResponse:
+        self.placements.append(request)
+        return pb.SetPlacementResponse(groups=[each.group for each in self._groups])

@@ -56,6 +56,10 @@ class ClusterBackend:
         """The last known load of every attached rank, by address."""
         return {address: link.load for address, link in self._links.items()}
 
+    def link_of(self, address: str) -> RankLink | None:
+        """The link to the rank at an address, None while it is not attached."""
+        return self._links.get(address)
+
     def update(self, groups: Iterable[GroupEntry]) -> None:
         """Takes a new picture of the cluster: attaches to ranks that are new. One that is gone gets no more requests;
         those it has may end there, or be told when its connection breaks."""

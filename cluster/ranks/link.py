@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
 import grpc
 
 from moestro.cluster.delta_streams import DeltaStreams, QueuedDeltas
+from moestro.cluster.edge.statuses import DETAILS_KEY, error_of
 from moestro.cluster.ranks.server import CHANNEL_OPTIONS, SECRET_KEY
 from moestro.protos import wire
 from moestro.protos.errors import Unavailable
+from moestro.protos.gen import inference_pb2 as public
 from moestro.protos.gen import rank_pb2 as pb
 from moestro.protos.gen import rank_pb2_grpc
 from moestro.protos.sequences import EngineLimits, EngineLoad, SequenceRequest
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+ASK_S = 5.0  # a rank answers from what it knows; one that takes so long must not make a scrape of metrics fail
 
 
 class RankLink:
@@ -62,6 +69,19 @@ class RankLink:
     def _cancel(self, sequence_id: str) -> None:
         self._outgoing.put_nowait(pb.AttachRequest(cancel=sequence_id))
 
+    async def experts(self) -> public.GroupExperts:
+        """What the rank's group knows of its experts. Raises Unavailable, TimeoutError."""
+        stub = rank_pb2_grpc.RankServiceStub(self._channel)
+        call = stub.GetGroupExperts(pb.GetGroupExpertsRequest(), metadata=self._metadata, timeout=ASK_S)
+        response: pb.GetGroupExpertsResponse = await _asked(call)
+        return response.experts
+
+    async def set_placement(self, request: public.SetPlacementRequest) -> None:
+        """Asks the rank's group to move its experts. Raises InvalidRequest, Unavailable, TimeoutError."""
+        stub = rank_pb2_grpc.RankServiceStub(self._channel)
+        message = pb.SetGroupPlacementRequest(request=request)
+        await _asked(stub.SetGroupPlacement(message, metadata=self._metadata, timeout=ASK_S))
+
     async def close_when_done(self) -> None:
         """Lets what runs come to its end, or the rank to its own, then closes."""
         try:
@@ -104,3 +124,13 @@ class RankLink:
                 self._streams.refuse(message.sequence_id, message.error)
             else:
                 self._streams.deliver(wire.decode_delta(message))
+
+
+async def _asked(call: Awaitable[T]) -> T:
+    """The answer, or the exception that its status stands for."""
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        metadata: Any = error.trailing_metadata() or ()
+        details = next((value for key, value in metadata if key == DETAILS_KEY), None)
+        raise error_of(error.code(), error.details() or "", details) from None

@@ -12,15 +12,24 @@ import hmac
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import grpc
 
+from moestro.cluster.edge.statuses import status_of
+from moestro.cluster.ranks.placements import read_placement
 from moestro.protos import wire
+from moestro.protos.errors import Unavailable
+from moestro.protos.experts import ExpertsReport, PlacementRequest
+from moestro.protos.experts_wire import encode_report
 from moestro.protos.gen import rank_pb2 as pb
 from moestro.protos.gen import rank_pb2_grpc
 from moestro.protos.sequences import EngineLimits, EngineLoad, SequenceDelta
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Context = grpc.aio.ServicerContext[Any, Any]
 
 SECRET_KEY = "moestro-secret"
 MAX_MESSAGE_BYTES = 64 * 2**20  # a prompt of a million tokens is about 4 MB; logprobs of one about 250 B a token
@@ -44,12 +53,24 @@ class _Outbox:
 
 
 class RankServer(rank_pb2_grpc.RankServiceServicer):
-    """``submit`` takes one serialized AttachRequest for the engine; it must be thread safe and not block."""
+    """``submit`` takes one serialized AttachRequest for the engine and must not block. ``experts`` says what the rank's
+    group knows of its experts, ``request_placement`` asks the group to move them and raises InvalidRequest when it
+    cannot. All three must be thread safe."""
 
     def __init__(
-        self, submit: Callable[[bytes], None], limits: EngineLimits, load: EngineLoad, secret: str, epoch: int = 0
+        self,
+        submit: Callable[[bytes], None],
+        limits: EngineLimits,
+        load: EngineLoad,
+        secret: str,
+        epoch: int = 0,
+        *,
+        experts: Callable[[], ExpertsReport],
+        request_placement: Callable[[PlacementRequest], None],
     ) -> None:
         self._submit = submit
+        self._experts = experts
+        self._request_placement = request_placement
         self._limits = limits
         self._load = load
         self._secret = secret
@@ -105,9 +126,7 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
         request_iterator: AsyncIterator[pb.AttachRequest],
         context: grpc.aio.ServicerContext[pb.AttachRequest, pb.AttachResponse],
     ) -> AsyncIterator[pb.AttachResponse]:
-        given = dict(context.invocation_metadata() or ()).get(SECRET_KEY, "")
-        if not hmac.compare_digest(str(given).encode(), self._secret.encode()):
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this is not a gateway of this cluster")
+        await self._check_secret(context)
         first = await anext(aiter(request_iterator), None)
         if first is None or first.WhichOneof("message") != "hello":
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "hello must come first")
@@ -134,6 +153,42 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
             self._outboxes.discard(outbox)
             for sequence_id in tuple(outbox.sequences):
                 self._cancel(sequence_id)
+
+    async def GetGroupExperts(self, request: pb.GetGroupExpertsRequest, context: Context) -> pb.GetGroupExpertsResponse:
+        """The group's name is left out: a rank does not know it."""
+
+        def read() -> pb.GetGroupExpertsResponse:
+            return pb.GetGroupExpertsResponse(experts=encode_report(self._experts(), epoch=self._epoch))
+
+        return await self._answer(read, context)
+
+    async def SetGroupPlacement(
+        self, request: pb.SetGroupPlacementRequest, context: Context
+    ) -> pb.SetGroupPlacementResponse:
+        def ask() -> pb.SetGroupPlacementResponse:
+            self._request_placement(read_placement(request.request, self._experts()))
+            return pb.SetGroupPlacementResponse()
+
+        return await self._answer(ask, context)
+
+    async def _answer(self, work: Callable[[], T], context: Context) -> T:
+        """Works in a thread, since the loop carries the tokens; what is raised there becomes the status."""
+        await self._check_secret(context)
+        try:
+            if self._failure:
+                raise Unavailable(self._failure)
+            return await asyncio.to_thread(work)
+        except Exception as error:
+            status = status_of(error, request_id="")
+            if status.code is grpc.StatusCode.INTERNAL:
+                log.exception("a question about experts failed")
+            await context.abort(status.code, status.message, status.metadata)
+            raise  # not reached: abort has raised
+
+    async def _check_secret(self, context: Context) -> None:
+        given = dict(context.invocation_metadata() or ()).get(SECRET_KEY, "")
+        if not hmac.compare_digest(str(given).encode(), self._secret.encode()):
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this is not a gateway of this cluster")
 
     async def _read(self, requests: AsyncIterator[pb.AttachRequest], outbox: _Outbox) -> None:
         async for request in requests:

@@ -71,7 +71,15 @@ class Rank:
         events = asyncio.get_running_loop()
         address = ""
         if self._entry.tp_rank == 0:
-            self._rank_server = RankServer(built.loop.submit, built.limits, built.load, place.secret, place.epoch)
+            self._rank_server = RankServer(
+                built.loop.submit,
+                built.limits,
+                built.load,
+                place.secret,
+                place.epoch,
+                experts=built.loop.experts,
+                request_placement=built.loop.request_placement,
+            )
             self._server = grpc.aio.server(options=CHANNEL_OPTIONS)
             rank_pb2_grpc.add_RankServiceServicer_to_server(self._rank_server, self._server)
             port = self._server.add_insecure_port(f"{host}:0")

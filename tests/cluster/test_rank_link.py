@@ -15,6 +15,7 @@ from moestro.cluster.ranks.link import RankLink
 from moestro.cluster.ranks.server import CHANNEL_OPTIONS, RankServer
 from moestro.protos import wire
 from moestro.protos.errors import Overloaded, Unavailable
+from moestro.protos.experts import ExpertsReport
 from moestro.protos.gen import rank_pb2 as pb
 from moestro.protos.gen import rank_pb2_grpc
 from moestro.protos.sequences import (
@@ -33,7 +34,15 @@ class Rank:
     """Keeps what it was sent; the test decides what it answers."""
 
     def __init__(self) -> None:
-        self.server = RankServer(self.take, LIMITS, EngineLoad(kv_blocks_total=9), secret="s3cret", epoch=2)
+        self.server = RankServer(
+            self.take,
+            LIMITS,
+            EngineLoad(kv_blocks_total=9),
+            secret="s3cret",
+            epoch=2,
+            experts=lambda: ExpertsReport("Stub", 0, 0, 0.0, (), ()),
+            request_placement=lambda request: None,
+        )
         self.requests: list[SequenceRequest] = []
         self.cancelled: list[str] = []
 

@@ -13,7 +13,8 @@ from moestro.cluster.cli.serve import changes, ready_line
 from moestro.cluster.config import load_config
 from moestro.cluster.delta_streams import DeltaStreams
 from moestro.cluster.directory import GroupEntry, RankEntry, RankState
-from moestro.cluster.gateway import advertised, bracketed, group_message
+from moestro.cluster.gateway import advertised, bracketed
+from moestro.cluster.operations import group_message
 from moestro.cluster.ranks.backend import ClusterBackend, least_loaded
 from moestro.protos.errors import Overloaded, Unavailable
 from moestro.protos.gen import inference_pb2 as pb

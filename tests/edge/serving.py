@@ -16,7 +16,7 @@ from tests.edge.fakes import LIMITS, SMALL, FakeText, served
 from moestro.cluster.edge.core import RequestCore
 from moestro.cluster.edge.grpc_server import GrpcOptions, GrpcServer
 from moestro.cluster.edge.served import EdgeLimits
-from moestro.cluster.edge.stub import StubBackend
+from moestro.cluster.edge.stub import StubBackend, StubCluster
 from moestro.protos.gen import inference_pb2 as pb
 from moestro.protos.gen import inference_pb2_grpc as pb_grpc
 
@@ -50,10 +50,6 @@ class Rig:
         raise AssertionError(f"leaked: {self.backend.open_sequences}, {self.core.num_open} requests open")
 
 
-async def no_status() -> pb.GetClusterStatusResponse:
-    return pb.GetClusterStatusResponse(groups=[pb.Group(name="g0", dp=1, tp=1)])
-
-
 @contextlib.asynccontextmanager
 async def rig(
     backend: StubBackend | None = None, limits: EdgeLimits = SMALL, text: FakeText | None = None
@@ -61,7 +57,7 @@ async def rig(
     """Serves while inside, and checks at the end that nothing has leaked."""
     backend = backend or StubBackend(LIMITS)
     core = RequestCore([served(backend, text)], limits)
-    server = GrpcServer(core, no_status, "test", GrpcOptions(host="127.0.0.1", port=0))
+    server = GrpcServer(core, StubCluster(), "test", GrpcOptions(host="127.0.0.1", port=0))
     port = await server.start()
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:

@@ -11,11 +11,11 @@ from typing import Any
 import grpc
 import pytest
 from tests.edge.fakes import LIMITS, VOCAB_SIZE
-from tests.edge.serving import GENERATE, Rig, no_status, raw_http2, refused, rig, run
+from tests.edge.serving import GENERATE, Rig, raw_http2, refused, rig, run
 
 from moestro.cluster.edge.grpc_server import GrpcOptions, GrpcServer
 from moestro.cluster.edge.served import EdgeLimits
-from moestro.cluster.edge.stub import StubBackend, stub_token
+from moestro.cluster.edge.stub import StubBackend, StubCluster, stub_token
 from moestro.protos.errors import ConfigError
 from moestro.protos.gen import inference_pb2 as pb
 from moestro.protos.sequences import SamplingParams, SequenceRequest
@@ -378,7 +378,7 @@ def test_more_requests_than_the_bound_are_refused_with_retry_info() -> None:
 def test_two_servers_on_one_port() -> None:
     async def test() -> None:
         async with rig() as it, neighbour(it):
-            second = GrpcServer(it.core, no_status, "second", GrpcOptions(host="127.0.0.1", port=it.port))
+            second = GrpcServer(it.core, StubCluster(), "second", GrpcOptions(host="127.0.0.1", port=it.port))
             with pytest.raises(ConfigError, match=rf"port: cannot listen on 127.0.0.1:{it.port}"):
                 await second.start()
             await second.stop(0)

@@ -15,14 +15,14 @@ from typing import Any
 import grpc
 import pytest
 from tests.edge.fakes import LIMITS, VOCAB_SIZE, served
-from tests.edge.serving import no_status, rig, run
+from tests.edge.serving import rig, run
 
 from moestro.cluster.client import AsyncClient, Client
 from moestro.cluster.edge.core import RequestCore
 from moestro.cluster.edge.events import Completion, FinishReason, StreamEvent, gather
 from moestro.cluster.edge.grpc_server import GrpcOptions, GrpcServer
 from moestro.cluster.edge.served import EdgeLimits
-from moestro.cluster.edge.stub import StubBackend
+from moestro.cluster.edge.stub import StubBackend, StubCluster
 from moestro.protos.errors import (
     ContextOverflow,
     InvalidRequest,
@@ -47,7 +47,7 @@ def serving(backend: StubBackend, limits: EdgeLimits | None = None) -> Iterator[
 
     async def start() -> tuple[RequestCore, GrpcServer]:
         core = RequestCore([served(backend)], limits)
-        server = GrpcServer(core, no_status, "test", GrpcOptions(host="127.0.0.1", port=0))
+        server = GrpcServer(core, StubCluster(), "test", GrpcOptions(host="127.0.0.1", port=0))
         await server.start()
         return core, server
 
