@@ -88,6 +88,33 @@ class SchedulerSection(Section):
     )
 
 
+class ExpertsConfig(Section):
+    redundant: int = Field(
+        default=0,
+        ge=0,
+        le=65536,
+        description="Slots of a group beyond one per expert, for replicas of hot ones. More: evener load, more memory.",
+    )
+    placement: Path | None = Field(
+        default=None, description="Where experts lie at the start: a file of `moestro experts save`."
+    )
+    ranks_per_node: int = Field(
+        default=0, ge=0, le=1024, description="Ranks of a group on one node, which replicas prefer. 0: all of them."
+    )
+    rebalance: bool = Field(default=True, description="Move experts while serving, where it pays.")
+    window_s: float = Field(
+        default=20.0, gt=0, le=86400, description="Traffic a decision looks at. Longer: calmer, later."
+    )
+    horizon_s: float = Field(
+        default=600.0, gt=0, description="Time in which a move must pay for itself. Longer: costlier moves are made."
+    )
+    load_rate: Bytes = Field(
+        default=256 * 10**6,
+        ge=1000,
+        description="Bytes of weights a rank loads per second while it serves. Less: gentler, slower to adapt.",
+    )
+
+
 class ServerConfig(Section):
     host: str = Field(default="127.0.0.1", description="Address the gateways listen on. 0.0.0.0: every interface.")
     port: int = Field(default=50051, ge=0, le=65535, description="gRPC port. 0: any free one.")
@@ -112,6 +139,7 @@ class Config(Section):
     cluster: ClusterConfig = ClusterConfig()
     rank: RankConfig = RankConfig()
     scheduler: SchedulerSection = SchedulerSection()
+    experts: ExpertsConfig = ExpertsConfig()
     server: ServerConfig = ServerConfig()
 
 

@@ -146,5 +146,11 @@ class ModelConfig:
         return next((layer.mlp.gate.num_experts for layer in self.layers if isinstance(layer.mlp, MoeSpec)), 0)
 
     @property
+    def num_expert_groups(self) -> int:
+        """Groups that the gate of a mixture layer picks from; 1 where it knows none."""
+        gates = (layer.mlp.gate for layer in self.layers if isinstance(layer.mlp, MoeSpec))
+        return next((gate.groups.num_groups for gate in gates if gate.groups is not None), 1)
+
+    @property
     def num_moe_layers(self) -> int:
         return sum(isinstance(layer.mlp, MoeSpec) for layer in self.layers)

@@ -7,12 +7,14 @@ import os
 from moestro.cluster.config import Config
 from moestro.cluster.serving.specs import threads_per_rank
 from moestro.router.parallel import GroupShape
+from moestro.router.rebalance.config import Config as RebalanceConfig
 from moestro.workers.rank_setup import RankSpec
+from moestro.workers.rebalancing.setup import ExpertsSpec
 
 
 def rank_spec(config: Config) -> RankSpec:
     """What every rank of a group is built from."""
-    cluster, scheduler = config.cluster, config.scheduler
+    cluster, scheduler, experts = config.cluster, config.scheduler, config.experts
     return RankSpec(
         model=str(config.model.path.resolve()),
         dtype=config.model.dtype,
@@ -25,4 +27,17 @@ def rank_spec(config: Config) -> RankSpec:
         max_num_tokens=scheduler.max_num_tokens,
         max_context=scheduler.max_context,
         max_waiting=scheduler.max_waiting,
+        experts=ExpertsSpec(
+            redundant=experts.redundant,
+            placement_file="" if experts.placement is None else str(experts.placement.resolve()),
+            ranks_per_node=experts.ranks_per_node,
+            rebalance=RebalanceConfig(
+                enabled=experts.rebalance,
+                window_s=experts.window_s,
+                interval_s=experts.window_s,
+                horizon_s=experts.horizon_s,
+                settle_s=experts.window_s / 2,
+                bytes_per_s=float(experts.load_rate),
+            ),
+        ),
     )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 from moestro.protos.errors import ConfigError
-from moestro.router.balance import Topology, balance
+from moestro.router.balance import balance
+from moestro.router.balance_problem import Topology
 from moestro.router.placement import Placement, spread
+from moestro.router.placement_file import Shape, load_placements
 from moestro.router.rebalance.config import Config
 from moestro.router.rebalance.messages import Ints
 from moestro.router.rebalance.rebalancer import Rebalancer
@@ -41,7 +44,8 @@ def start_placements(spec: ExpertsSpec, model: ModelConfig, num_ranks: int) -> t
         )
     if not spec.placement_file:
         return (spread(model.num_experts, num_ranks, capacity),) * model.num_moe_layers
-    raise NotImplementedError
+    shape = Shape(model.architecture, model.num_moe_layers, model.num_experts, num_ranks, capacity)
+    return load_placements(Path(spec.placement_file), shape)
 
 
 def group_experts(
@@ -62,9 +66,11 @@ def group_experts(
     reporter = Reporter(model.config.architecture, tuple(banks), spec.rebalance.window_s)
     num_ranks = placements[0].num_ranks
     topology = Topology.regular(num_ranks, spec.ranks_per_node or num_ranks)
-    solve = partial(_solve, topology, placements[0].capacity)
+    solve = partial(_solve, topology, placements[0].capacity, model.config.num_expert_groups)
     return GroupExperts(banks, lockstep, rank, rebalancer, solve, open_source, reporter)
 
 
-def _solve(topology: Topology, capacity: int, loads_LE: Ints, previous: tuple[Placement, ...]) -> tuple[Placement, ...]:
-    return balance(loads_LE, topology, capacity, previous=previous)
+def _solve(
+    topology: Topology, capacity: int, num_groups: int, loads_LE: Ints, previous: tuple[Placement, ...]
+) -> tuple[Placement, ...]:
+    return balance(loads_LE, topology, capacity, num_groups=num_groups, previous=previous)
