@@ -95,8 +95,8 @@ class ExpertsConfig(Section):
         le=65536,
         description="Slots of a group beyond one per expert, for replicas of hot ones. More: evener load, more memory.",
     )
-    placement: Path | None = Field(
-        default=None, description="Where experts lie at the start: a file of `moestro experts save`."
+    placement: str = Field(
+        default="", description="Where experts lie at the start: a file of `moestro experts save`. Empty: in order."
     )
     ranks_per_node: int = Field(
         default=0, ge=0, le=1024, description="Ranks of a group on one node, which replicas prefer. 0: all of them."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from moestro.cluster.config import Config
 from moestro.cluster.serving.specs import threads_per_rank
@@ -29,7 +30,7 @@ def rank_spec(config: Config) -> RankSpec:
         max_waiting=scheduler.max_waiting,
         experts=ExpertsSpec(
             redundant=experts.redundant,
-            placement_file="" if experts.placement is None else str(experts.placement.resolve()),
+            placement_file=str(Path(experts.placement).resolve()) if experts.placement else "",
             ranks_per_node=experts.ranks_per_node,
             rebalance=RebalanceConfig(
                 enabled=experts.rebalance,
