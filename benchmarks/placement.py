@@ -3,13 +3,15 @@
     git clone https://github.com/deepseek-ai/EPLB
     python -m benchmarks.placement --eplb EPLB
 
-Popularity of experts is lognormal (sigma 1 of the logarithm: spreading 128 experts in order over 8, 32 and 64 ranks then
-gives a balancedness of about 0.68, 0.36 and 0.23) and drifts: after each step every load is multiplied by a lognormal
-factor. Both solvers get the same loads after every step; ours also gets its previous plan, which EPLB cannot use.
-Balancedness is mean over fullest rank, averaged over layers, steps and seeds.
+Popularity of experts is lognormal (sigma 1 of the logarithm: 128 experts in order over 8, 32 and 64 ranks then have a
+balancedness of about 0.68, 0.37 and 0.23) and drifts: with every step each load is multiplied by a lognormal factor.
+There is one spare slot a rank (two in the larger problem). Both solvers get the same loads after every step, and their
+plans are judged by these; ours also gets its previous plan, which EPLB cannot use. Balancedness is mean over fullest
+rank, averaged over layers, steps and seeds.
 
-An expert counts as moved if a rank needs it that did not have it before: for EPLB this is the least that anyone who runs
-it could move, by putting what stays on a rank into its old slot. Counted by slot, as it numbers them, it moves more.
+An expert counts as moved if a rank needs it that did not have it before: for EPLB this is the least that anyone who
+runs it could move, by putting what stays on a rank into its old slot. Counted by slot, as it numbers them, it moves
+more (``eplb_moved_by_slot``).
 """
 
 from __future__ import annotations
@@ -59,8 +61,8 @@ PROBLEMS = (
     Problem("8 ranks", 20, 128, 8, 17),
     Problem("32 ranks", 20, 128, 32, 5),
     Problem("64 ranks", 20, 128, 64, 3),
-    Problem("61 layers, 256 experts, 32 ranks", 61, 256, 32, 10),
-    Problem("the same, 8 groups on 4 nodes", 61, 256, 32, 10, groups=8),
+    Problem("61 x 256, 32 ranks", 61, 256, 32, 10),
+    Problem("same, 8 groups, 4 nodes", 61, 256, 32, 10, groups=8),
 )
 
 
