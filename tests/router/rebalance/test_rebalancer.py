@@ -119,6 +119,19 @@ def test_nothing_moves_when_moving_costs_more_than_it_saves() -> None:
     assert "Of 3 layers 0 would pay" in refusal.reason
 
 
+def test_a_plan_that_gains_too_little_is_not_begun() -> None:
+    """Even loads would save a third of the step time, this solver's plan a tenth of it."""
+    swapped = Placement(EXPERTS, ((4, 1, 2, 3, -1), (0, 5, 6, 7, -1), *START[0].slots[2:]))
+
+    def timid(loads_LE: np.ndarray, previous: tuple[Placement, ...]) -> tuple[Placement, ...]:
+        return (swapped,) * LAYERS
+
+    choosy = Group(skewed(0), solve=timid, config=replace(QUICK, min_gain=0.15)).run(60)
+    assert choosy.bytes_moved == 0
+    assert "Of 3 layers 3 would pay, 0 of which must wait" in next(iter(choosy.machine.ledger)).reason
+    assert Group(skewed(0), solve=timid).run(60).placements == (swapped,) * LAYERS
+
+
 def test_nothing_moves_when_loading_outlasts_the_horizon() -> None:
     group = Group(skewed(0), config=replace(QUICK, bytes_per_s=100e3, load_slowdown=0)).run(60)
     assert group.bytes_moved == 0
@@ -339,10 +352,12 @@ def test_a_layer_switches_only_when_all_ranks_are_ready_however_late() -> None:
 
 def test_traffic_that_turns_while_a_layer_loads_cancels_it() -> None:
     group = Group(turning, solve=clumsy, late_s=7.0).run(20)
-    cancelled = [e for e in moves(group) if e.outcome is Outcome.CANCELLED]
-    assert cancelled
-    assert "no longer makes it pay" in cancelled[0].verdict
+    (cancelled,) = moves(group)
+    assert cancelled.outcome is Outcome.CANCELLED
+    assert "no longer makes it pay" in cancelled.verdict
     assert not group.switches
+    refusals = [entry for entry in group.machine.ledger if entry.kind == "no longer pays"]
+    assert sum(entry.times for entry in refusals) == LAYERS - 1  # and the rest of the plan did not even load
 
 
 def test_ready_announces_itself_until_the_switch() -> None:
