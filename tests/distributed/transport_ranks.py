@@ -10,12 +10,12 @@ import pytest
 import torch
 from tests.router.cases import CASES, expert_layer, expert_weights, make_tokens, reference
 
-from moestro.router.all_to_all import AllToAllTransport
 from moestro.router.assign import assign, lay_out
 from moestro.router.mesh import Mesh, MeshTensorParallel, StoreAddress, join
 from moestro.router.parallel import GroupShape
 from moestro.router.placement import EMPTY, Placement, spread
 from moestro.router.transport import LocalTransport
+from moestro.router.transports.all_to_all import AllToAllTransport
 
 
 def check(rank: int, world_size: int, address: StoreAddress, shapes: list[tuple[int, int]]) -> list[dict[str, Any]]:

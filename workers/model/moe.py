@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from time import perf_counter
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,11 +24,13 @@ from moestro.router.expert_parallel import ExpertParallel
 from moestro.router.gate import softmax_topk
 from moestro.router.parallel import NoTensorParallel, TensorParallel
 from moestro.router.placement import EMPTY
-from moestro.router.transport import Transport
+from moestro.router.transport import Arrival, Transport
 from moestro.workers.model.mlp import DenseMlp, build_mlp
 from moestro.workers.model.sharding import token_shard
 from moestro.workers.model.weights import WeightSource, read, read_linear
 from moestro.workers.model_config import DenseSpec, GateSpec, MoeSpec
+
+Arrived = TypeVar("Arrived")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +55,24 @@ class ExpertBank:
         self.layout = layout
         self.rows_L = torch.zeros(layout.placement.capacity, dtype=torch.int64, device=layout.slot_E.device)
         """Rows that each slot has computed since this was last set to zero."""
+        self.wait_s = self.compute_s = 0.0
+        """Seconds the host has waited for rows, there and back, and spent on the experts; likewise. On CUDA they say
+        how long the host was held up and not how long the device took."""
+
+    def awaited(self, arrival: Arrival[Arrived]) -> Arrived:
+        """What arrives."""
+        start = perf_counter()
+        arrived = arrival()
+        self.wait_s += perf_counter() - start
+        return arrived
 
     def apply(self, x_RM: Tensor, counts_L: Tensor) -> Tensor:
         """The experts' results for rows sorted by slot."""
+        start = perf_counter()
         self.rows_L += counts_L
-        return self.experts.apply(x_RM, counts_L)
+        y_RM = self.experts.apply(x_RM, counts_L)
+        self.compute_s += perf_counter() - start
+        return y_RM
 
     def switch_(self, layout: Layout, staged: Mapping[int, Any]) -> None:
         """Takes on a new layout. ``staged`` holds, by local slot, what ``experts.stage`` made of every expert that
@@ -88,13 +104,31 @@ class MoeMlp:
     def _route(self, x_tM: Tensor, num_tokens_N: tuple[int, ...]) -> Tensor:
         ids_tK, weights_tK = softmax_topk(self.gate.apply(x_tM), self.spec.top_k, self.spec.renormalize)
         slots_tK = assign(ids_tK, self.bank.layout)
-        arriving = self.transport.dispatch(x_tM, slots_tK, num_tokens_N)
+        num_parts = self.transport.num_parts(num_tokens_N)
+        shards = [slice(*token_shard(x_tM.shape[0], part, num_parts)) for part in range(num_parts)]
+        arriving = [
+            self.transport.dispatch(x_tM[shard], slots_tK[shard], _part_of(num_tokens_N, part, num_parts))
+            for part, shard in enumerate(shards)
+        ]
         # Computed while the rows travel.
         shared_tM = None if self.shared is None else self.shared.forward(x_tM)
-        dispatched, handle = arriving()
-        y_RM = self.bank.apply(dispatched.x_RD, dispatched.counts_L)
-        y_tM = self.transport.combine(y_RM, weights_tK, handle)()
+        returning = []
+        for shard, arrival in zip(shards, arriving, strict=True):
+            dispatched, handle = self.bank.awaited(arrival)
+            y_RM = self.bank.apply(dispatched.x_RD, dispatched.counts_L)
+            # Travels home while the experts of the next part are computed.
+            returning.append(self.transport.combine(y_RM, weights_tK[shard], handle))
+        returned = [self.bank.awaited(arrival) for arrival in returning]
+        y_tM = returned[0] if num_parts == 1 else torch.cat(returned)
         return y_tM if shared_tM is None else y_tM + shared_tM
+
+
+def _part_of(num_tokens_N: tuple[int, ...], part: int, num_parts: int) -> tuple[int, ...]:
+    """Of every rank's tokens those of one part."""
+    if num_parts == 1:
+        return num_tokens_N
+    shards = (token_shard(num_tokens, part, num_parts) for num_tokens in num_tokens_N)
+    return tuple(stop - start for start, stop in shards)
 
 
 def _gather_tokens(y_tM: Tensor, num_tokens: int, tp: TensorParallel) -> Tensor:
