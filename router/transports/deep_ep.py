@@ -64,6 +64,7 @@ class DeepEPHandle:
 
     place_R: Tensor  # into L · X: where each row was found; L · X for padding
     slots_P1: Tensor
+    num_places: int  # of one slot: X
     inner: Any  # DeepEP's own
 
 
@@ -82,7 +83,8 @@ class DeepEPTransport(Transport[DeepEPHandle]):
         if max(num_tokens_N) > self._max_num_tokens:
             raise ValueError(f"a rank may dispatch {self._max_num_tokens} tokens, num_tokens_N is {num_tokens_N}")
         k, width = slots_TK.shape[1], x_TD.shape[1]
-        max_pairs, num_slots = self._max_num_tokens * k, self._control.size * self._capacity
+        # The receive buffers must be multiples of four rows.
+        max_pairs, num_slots = -(-self._max_num_tokens * k // 4) * 4, self._control.size * self._capacity
         buffer, index_dtype = self._open(width, max_pairs, num_slots)
         slots_P1 = slots_TK.reshape(-1, 1).to(index_dtype)
         recv_LXD, count_L, inner, _, receive = buffer.low_latency_dispatch(
@@ -96,17 +98,17 @@ class DeepEPTransport(Transport[DeepEPHandle]):
             place_R = _places(counts_L, recv_LXD.shape[1], num_rows)
             found_R = place_R.remainder(recv_LXD.shape[0] * recv_LXD.shape[1])
             x_RD = recv_LXD.view(-1, width).index_select(0, found_R)
-            return Dispatched(x_RD, counts_L), DeepEPHandle(place_R, slots_P1, inner)
+            return Dispatched(x_RD, counts_L), DeepEPHandle(place_R, slots_P1, recv_LXD.shape[1], inner)
 
         return arrived
 
     def combine(self, y_RD: Tensor, weights_TK: Tensor, handle: DeepEPHandle) -> Arrival[Tensor]:
-        places = self._capacity * self._control.size * self._max_num_tokens * weights_TK.shape[1]
+        num_places, width = self._capacity * handle.num_places, y_RD.shape[1]
         # One place more, for padding. Places that got no row are not sent.
-        y_XD = y_RD.new_empty(places + 1, y_RD.shape[1]).index_copy_(0, handle.place_R, y_RD)
+        y_XD = y_RD.new_empty(num_places + 1, width).index_copy_(0, handle.place_R, y_RD)
         ones_P1 = torch.ones(handle.slots_P1.shape, dtype=torch.float32, device=y_RD.device)
         rows_PD, _, receive = self._buffer.low_latency_combine(
-            y_XD[:places].view(self._capacity, -1, y_RD.shape[1]),
+            y_XD[:num_places].view(self._capacity, handle.num_places, width),
             handle.slots_P1,
             ones_P1,
             handle.inner,
@@ -115,7 +117,7 @@ class DeepEPTransport(Transport[DeepEPHandle]):
 
         def arrived() -> Tensor:
             receive()
-            return weighted_sum(rows_PD.view(*weights_TK.shape, y_RD.shape[1]), weights_TK)
+            return weighted_sum(rows_PD.view(*weights_TK.shape, width), weights_TK)
 
         return arrived
 
