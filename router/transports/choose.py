@@ -23,7 +23,7 @@ _DEEP_EP_WIDTHS = (2048, 2560, 3072, 4096, 5120, 6144, 7168, 8192)
 _DEEP_EP_MAX_PAIRS = 508
 """Rows of a rank for which its queues suffice: a multiple of 4 with (rows + 1) · 2 ≤ 1024, the depth it sets itself."""
 
-_EXCHANGE_BYTES = {"cpu": 384 * 1024, "cuda": 4 * 2**20}
+_EXCHANGE_BYTES = {"cpu": 512 * 1024, "cuda": 4 * 2**20}
 """Superfluous bytes received that cost about as much as an exchange of counts. On a CPU (gloo over loopback) measured
 with ``benchmarks.transports``. On CUDA an assumption, unmeasured: 40 µs of latency and host wait at 100 GB/s."""
 

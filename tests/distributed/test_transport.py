@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from benchmarks.small_models import make_model, save_model
 from tests.distributed.processes import run_processes
 from tests.distributed.transport_ranks import KINDS
 from tests.router.cases import CASES
@@ -24,6 +27,17 @@ def test_a_layer_over_ranks_is_that_of_one_rank(kind: str) -> None:
 
 def test_a_rank_that_sends_other_than_it_said_is_told() -> None:
     assert run_processes(f"{RANKS}:check_refusals", 2) == [len(KINDS)] * 2
+
+
+def test_a_mixture_layer_in_halves_is_the_layer_at_once(tmp_path: Path) -> None:
+    """With a shared expert, by every kind, tokens uneven over ranks: the bits of one rank that holds all experts."""
+    save_model(make_model("qwen2_moe", seed=7), tmp_path)
+    results = run_processes(f"{RANKS}:check_mixture_layer", 3, {"model": str(tmp_path)})
+    assert [result["kinds"] for result in results] == [["all_to_all", "fixed_capacity", "gather_scatter", "none"]] * 3
+    for result in results:
+        assert result["dispatches"] == {"1": 1, "2": 2}, "halves were meant to be two dispatches"
+        assert 0 < result["wait_s"] < 30
+        assert 0 < result["compute_s"] < 30
 
 
 def test_rows_travel_while_the_caller_computes() -> None:

@@ -6,6 +6,8 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -21,15 +23,22 @@ from tests.router.cases import (
     reference,
     replicated,
 )
+from torch import Tensor
 
+from moestro.kernels.grouped_experts import GroupedExperts
+from moestro.router.expert_parallel import over_group
 from moestro.router.mesh import Mesh, MeshTensorParallel, StoreAddress, join
 from moestro.router.parallel import GroupShape
 from moestro.router.placement import EMPTY, Placement, spread
-from moestro.router.transport import LocalTransport, Transport
+from moestro.router.transport import Arrival, Dispatched, LocalTransport, Transport
 from moestro.router.transports.all_to_all import AllToAllTransport
+from moestro.router.transports.choose import TransportKind
 from moestro.router.transports.deep_ep import DeepEPTransport
 from moestro.router.transports.fixed_capacity import FixedCapacityTransport
 from moestro.router.transports.gather_scatter import GatherScatterTransport
+from moestro.workers.loading import load_model
+from moestro.workers.model.decoder import Decoder
+from moestro.workers.model.moe import MoeMlp
 
 KINDS: dict[str, Callable[[Mesh, int], Transport[Any]]] = {
     "all_to_all": lambda mesh, capacity: AllToAllTransport(mesh.world, capacity),
@@ -134,6 +143,75 @@ def check_refusals(rank: int, world_size: int, address: StoreAddress) -> int:
             arrived, _ = transport.dispatch(x_TD, slots_TK, (3,) * world_size)()
             assert arrived.counts_L.tolist() == ([3 * world_size] * 2 if rank == 0 else [0, 0])
     return len(KINDS)
+
+
+@dataclass(frozen=True, slots=True)
+class OneRowAtATime:
+    """Experts whose rows do not know each other."""
+
+    experts: GroupedExperts
+
+    def apply(self, x_RD: Tensor, counts_L: Tensor) -> Tensor:
+        ends, y_RD = counts_L.cumsum(0).tolist(), torch.full_like(x_RD, float("nan"))
+        for slot, (start, end) in enumerate(pairwise([0, *ends])):
+            for row in range(start, end):
+                only = torch.zeros_like(counts_L)
+                only[slot] = 1
+                y_RD[row] = self.experts.apply(x_RD[row : row + 1].clone(), only)[0]
+        return y_RD
+
+
+@dataclass(frozen=True, slots=True)
+class Counted(Transport[Any]):
+    """Counts its dispatches."""
+
+    inner: Transport[Any]
+    calls: list[int] = field(default_factory=list)
+
+    def num_parts(self, num_tokens_N: tuple[int, ...]) -> int:
+        return self.inner.num_parts(num_tokens_N)
+
+    def dispatch(
+        self, x_TD: Tensor, slots_TK: Tensor, num_tokens_N: tuple[int, ...]
+    ) -> Arrival[tuple[Dispatched, Any]]:
+        self.calls.append(len(x_TD))
+        return self.inner.dispatch(x_TD, slots_TK, num_tokens_N)
+
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, handle: Any) -> Arrival[Tensor]:
+        return self.inner.combine(y_RD, weights_TK, handle)
+
+
+def check_mixture_layer(rank: int, world_size: int, address: StoreAddress, model: str) -> dict[str, Any]:
+    """The first mixture layer over the group, at once and in halves, against the same layer with all experts here."""
+    whole = load_model(model, dtype=torch.float32)
+    config, alone = whole.config, _mixture_layer(whole)
+    alone.bank.experts = OneRowAtATime(alone.bank.experts)
+    seen: dict[str, Any] = {"kinds": [], "dispatches": {}}
+    kinds: list[TransportKind | None] = ["all_to_all", "fixed_capacity", "gather_scatter", None]
+    with join(GroupShape(world_size), rank, address.connect(30), timeout_s=30) as mesh, torch.inference_mode():
+        for kind in kinds:
+            for two_batches_from in (None, 2):
+                experts = over_group(
+                    mesh, config.num_experts, config.num_moe_layers, transport=kind, two_batches_from=two_batches_from
+                )
+                layer = _mixture_layer(load_model(model, dtype=torch.float32, experts=experts))
+                layer.bank.experts = OneRowAtATime(layer.bank.experts)
+                counted = Counted(experts.transport)
+                layer = replace(layer, transport=counted)
+                for num_tokens in ((5, 0, 2), (1, 1, 1), (0, 0, 0), (0, 9, 1)):
+                    generator = torch.Generator().manual_seed(rank + 10 * sum(num_tokens))
+                    x_TM = torch.randn(num_tokens[rank], config.hidden_size, generator=generator)
+                    y_TM = layer.forward(x_TM, num_tokens)
+                    assert torch.equal(y_TM, alone.forward(x_TM, (len(x_TM),))), (kind, two_batches_from, num_tokens)
+                    if num_tokens == (5, 0, 2):
+                        seen["dispatches"][str(two_batches_from or 1)] = len(counted.calls)
+                seen |= {"wait_s": layer.bank.wait_s, "compute_s": layer.bank.compute_s}
+            seen["kinds"].append(kind or "none")
+    return seen
+
+
+def _mixture_layer(decoder: Decoder) -> MoeMlp:
+    return next(layer.mlp for layer in decoder.layers if isinstance(layer.mlp, MoeMlp))
 
 
 def overlap(rank: int, world_size: int, address: StoreAddress) -> list[float]:
