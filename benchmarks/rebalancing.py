@@ -1,7 +1,7 @@
 """What moving experts is worth while the traffic shifts, on four CPU ranks.
 
 Two groups of four ranks serve the same themed model (``themed_model.py``) with the same placement at the start, one
-with the rebalancer on and one without. Each phase is run by both, one after the other, so that both see the same machine:
+with the rebalancer on and one without. Both run each phase, one after the other, so that they see the same machine:
 
     theme 0     every request needs the experts of rank 0
     theme 3     the traffic shifts: every request needs those of rank 3

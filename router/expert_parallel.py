@@ -5,10 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moestro.router.all_to_all import AllToAllTransport
+import torch.distributed as dist
+
 from moestro.router.mesh import Mesh
 from moestro.router.placement import Placement, spread
 from moestro.router.transport import LocalTransport, Transport
+from moestro.router.transports import deep_ep
+from moestro.router.transports.all_to_all import AllToAllTransport
+from moestro.router.transports.by_call import ByCallTransport
+from moestro.router.transports.choose import Deployment, TransportKind
+from moestro.router.transports.fixed_capacity import FixedCapacityTransport
+from moestro.router.transports.gather_scatter import GatherScatterTransport
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +28,45 @@ class ExpertParallel:
     rank: int = 0
 
 
-def over_group(mesh: Mesh, placements: tuple[Placement, ...]) -> ExpertParallel:
-    """Experts over the ranks of ``mesh`` as ``placements`` say, by mixture layer."""
+def over_group(
+    mesh: Mesh,
+    placements: tuple[Placement, ...],
+    *,
+    transport: TransportKind | None = None,
+    captured: bool = False,
+    two_batches_from: int | None = None,
+    deep_ep_tokens: int = 0,
+) -> ExpertParallel:
+    """Experts over the ranks of ``mesh`` as ``placements`` say, by mixture layer. Without ``transport`` each dispatch
+    takes the kind that suits it. ``two_batches_from`` is the number of tokens of the busiest rank from which a layer is
+    computed in two halves, ``deep_ep_tokens`` the most that a rank dispatches at once through DeepEP.
+
+    Raises ConfigError, at the first dispatch, when the transport that was asked for cannot serve."""
     if not placements:
         return all_here(0, 0)
-    return ExpertParallel(AllToAllTransport(mesh.world, placements[0].capacity), placements, mesh.rank)
+    deployment = Deployment(
+        device="cuda" if mesh.device.type == "cuda" else "cpu",
+        backends=frozenset({"gloo"} | ({"nccl"} if dist.is_nccl_available() else set())),
+        captured=captured,
+        deep_ep=deep_ep.is_installed(),
+        deep_ep_tokens=deep_ep_tokens,
+        asked_for=transport,
+        two_batches_from=two_batches_from,
+    )
+    return ExpertParallel(transport_over(mesh, deployment, placements[0].capacity), placements, mesh.rank)
+
+
+def transport_over(mesh: Mesh, deployment: Deployment, capacity: int) -> ByCallTransport:
+    """Every kind that can be had over ``mesh``, for ranks of ``capacity`` slots."""
+    transports: dict[TransportKind, Transport[Any]] = {
+        "local": LocalTransport(capacity),
+        "gather_scatter": GatherScatterTransport(mesh.world, capacity),
+        "all_to_all": AllToAllTransport(mesh.world, capacity),
+        "fixed_capacity": FixedCapacityTransport(mesh.world, capacity),
+    }
+    if deployment.asked_for == "deep_ep":
+        transports["deep_ep"] = deep_ep.DeepEPTransport(mesh.control, capacity, deployment.deep_ep_tokens)
+    return ByCallTransport(transports, deployment, capacity)
 
 
 def all_here(num_experts: int, num_layers: int) -> ExpertParallel:

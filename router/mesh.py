@@ -10,6 +10,7 @@ The store is a TCPStore whose server lives outside the ranks, so that no rank is
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # where torch's own types for them are
 
 from moestro.router.parallel import GroupShape, NoTensorParallel, TensorParallel
+from moestro.router.transport import Arrival
 
 DeviceKind = Literal["cpu", "cuda"]
 
@@ -72,22 +74,35 @@ class Collectives:
             raise RuntimeError("this process group is closed")
         return self._backend
 
-    def all_to_all(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
+    def start_all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Arrival[Tensor]:
         """Rows ``x[sum(send[:p]) : ][: send[p]]`` go to rank p; what rank p sent arrives at the same place by
         ``receive``. ``x`` is [sum(send), D] with D ≥ 1, the result [sum(receive), D]. Rows travel as bytes, since not
-        every backend knows every dtype."""
+        every backend knows every dtype. Under way when this returns: over gloo on threads of its own, over NCCL on a
+        stream of its own, where the arrival makes the current stream wait and not the host."""
         bytes_in = x.contiguous().view(torch.uint8)
         bytes_out = torch.empty(sum(receive), bytes_in.shape[1], dtype=torch.uint8, device=x.device)
-        self.backend.alltoall_base(bytes_out, bytes_in, receive, send).wait()
-        return bytes_out.view(x.dtype)
+        work = self.backend.alltoall_base(bytes_out, bytes_in, list(receive), list(send))
+
+        def arrived() -> Tensor:
+            work.wait()
+            return bytes_out.view(x.dtype)
+
+        return arrived
+
+    def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        """``start_all_to_all``, awaited."""
+        return self.start_all_to_all(x, send, receive)()
+
+    def start_gather_rows(self, x_TD: Tensor, num_rows_N: Sequence[int]) -> Arrival[Tensor]:
+        """Every rank's rows on every rank, in order of rank; rank p has ``num_rows_N[p]`` of them."""
+        # An all-to-all of copies takes one round where gloo's all-gather goes round a ring in size - 1.
+        return self.start_all_to_all(x_TD.repeat(self.size, 1), (x_TD.shape[0],) * self.size, num_rows_N)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """[size, *x.shape]: every rank's ``x``, all of one shape."""
-        # An all-to-all of copies takes one round where gloo's all-gather goes round a ring in size - 1.
         if x.numel() == 0:
             return x.new_empty((self.size, *x.shape))
-        copies = x.reshape(1, -1).expand(self.size, -1)
-        return self.all_to_all(copies, [1] * self.size, [1] * self.size).view(self.size, *x.shape)
+        return self.start_gather_rows(x.reshape(1, -1), (1,) * self.size)().view(self.size, *x.shape)
 
     def broadcast_(self, x: Tensor, root: int) -> Tensor:
         """Overwrites ``x`` with the root's."""

@@ -39,14 +39,19 @@ class Transport(Protocol[Handle]):
     """One expert-parallel backend.
 
     Both calls are collective: every rank of the group makes them once a layer, with zero tokens too, in the same order,
-    and awaits their arrivals in that order.
+    and awaits every arrival. A second dispatch may be under way before the first is combined.
     """
+
+    def num_parts(self, num_tokens_N: tuple[int, ...]) -> int:
+        """In how many dispatches a layer's tokens are best sent: of several, one travels while another is computed."""
+        return 1
 
     def dispatch(
         self, x_TD: Tensor, slots_TK: Tensor, num_tokens_N: tuple[int, ...]
     ) -> Arrival[tuple[Dispatched, Handle]]:
         """Sends every token to its K slots (numbers over the whole group; a token may name each rank several times,
-        each slot once). ``num_tokens_N`` is what every rank dispatches in this call, the same on all of them."""
+        each slot once). ``num_tokens_N`` is what every rank dispatches in this call, the same on all of them. Raises
+        ValueError before anything is sent if this rank's own entry is not what it was given."""
 
     def combine(self, y_RD: Tensor, weights_TK: Tensor, handle: Handle) -> Arrival[Tensor]:
         """Brings the rows of a dispatch back home: y_TD, the weighted sum in top-k order, summed in fp32, in the dtype
@@ -79,7 +84,7 @@ class LocalHandle:
 
 
 @dataclass(frozen=True, slots=True)
-class LocalTransport:
+class LocalTransport(Transport[LocalHandle]):
     """Every slot on this rank: a sort there, a gather back."""
 
     num_slots: int

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ from benchmarks.gpu_suite.engines import follow, make_engine
 from benchmarks.small_models import make_model, random_ids, save_model
 
 from moestro.kernels.grouped_experts import ExpertShape, GroupedExperts, make_experts
-from moestro.router.all_to_all import AllToAllTransport
 from moestro.router.expert_parallel import over_group
 from moestro.router.mesh import Mesh, MeshTensorParallel, join, serve_store
 from moestro.router.parallel import GroupShape
 from moestro.router.placement import spread
 from moestro.router.transport import LocalTransport, Transport
+from moestro.router.transports.all_to_all import AllToAllTransport
+from moestro.router.transports.choose import TransportKind
+from moestro.router.transports.fixed_capacity import FixedCapacityTransport
+from moestro.router.transports.gather_scatter import GatherScatterTransport
 from moestro.workers.batch import Batch
 from moestro.workers.batching import build_batch
 from moestro.workers.device import configure_torch
@@ -34,6 +38,11 @@ from moestro.workers.scheduler_sequence import StepPlan
 
 TIMEOUT_S = 45.0
 NUM_EXPERTS, TOP_K, WIDTH, MODEL_WIDTH = 8, 3, 32, 64
+OVER_A_GROUP: dict[TransportKind, Any] = {
+    "all_to_all": AllToAllTransport,
+    "gather_scatter": GatherScatterTransport,
+    "fixed_capacity": FixedCapacityTransport,
+}
 
 
 def run(settings: Settings) -> Iterator[Check]:
@@ -54,21 +63,22 @@ def run(settings: Settings) -> Iterator[Check]:
     if formed.status != "passed":
         return
     with joined[0] as mesh:
-        for dtype in (torch.float32, torch.bfloat16):
+        for kind, dtype in product(OVER_A_GROUP, (torch.float32, torch.bfloat16)):
             yield attempt(
-                f"all-to-all equals local, {_name(dtype)}",
-                lambda dtype=dtype: check_transport(mesh, dtype, settings.seed),
+                f"{kind} equals local, {_name(dtype)}",
+                lambda kind=kind, dtype=dtype: check_transport(mesh, kind, dtype, settings.seed),
             )
         yield attempt("sum and gather of a tensor-parallel set", lambda: check_tensor_parallel(mesh))
         yield attempt("lockstep", lambda: check_lockstep(GroupLockstep(mesh, address, timeout_s=TIMEOUT_S)))
-        for dtype in (torch.float32, torch.bfloat16):
+        for kind, dtype in product(OVER_A_GROUP, (torch.float32, torch.bfloat16)):
             yield attempt(
-                f"engine through the group, {_name(dtype)}", lambda dtype=dtype: check_engine(mesh, dtype, settings)
+                f"engine through {kind}, {_name(dtype)}",
+                lambda kind=kind, dtype=dtype: check_engine(mesh, kind, dtype, settings),
             )
     del store
 
 
-def check_transport(mesh: Mesh, dtype: torch.dtype, seed: int) -> Values:
+def check_transport(mesh: Mesh, kind: TransportKind, dtype: torch.dtype, seed: int) -> Values:
     """An expert layer over the group equals the local one bit for bit."""
     device, generator = mesh.device, torch.Generator().manual_seed(seed)
 
@@ -78,7 +88,7 @@ def check_transport(mesh: Mesh, dtype: torch.dtype, seed: int) -> Values:
 
     experts = make_experts(ExpertShape(WIDTH, MODEL_WIDTH, dtype, device), [fill] * NUM_EXPERTS)
     local = LocalTransport(NUM_EXPERTS)
-    transport = AllToAllTransport(mesh.world, NUM_EXPERTS)
+    transport = OVER_A_GROUP[kind](mesh.world, NUM_EXPERTS)
     compared = 0
     for num_tokens in (0, 1, 7, 200):
         x_TD = torch.randn(num_tokens, MODEL_WIDTH, generator=generator).to(device, dtype)
@@ -133,7 +143,7 @@ def check_lockstep(lockstep: GroupLockstep) -> Values:
     return {"headline": "agrees, sleeps and wakes"}
 
 
-def check_engine(mesh: Mesh, dtype: torch.dtype, settings: Settings) -> Values:
+def check_engine(mesh: Mesh, kind: TransportKind, dtype: torch.dtype, settings: Settings) -> Values:
     """The same tokens and logits with the experts behind the group as with all on this rank."""
     num_output = 8 if settings.small else 64
     with tempfile.TemporaryDirectory() as name:
@@ -144,7 +154,9 @@ def check_engine(mesh: Mesh, dtype: torch.dtype, settings: Settings) -> Values:
             dtype=dtype,
             device=mesh.device,
             tp=mesh.tp,
-            experts=over_group(mesh, (spread(alone.config.num_experts, 1),) * alone.config.num_moe_layers),
+            experts=over_group(
+                mesh, (spread(alone.config.num_experts, 1),) * alone.config.num_moe_layers, transport=kind
+            ),
         )
     prompts = [random_ids(length, seed=80 + length) for length in (1, 9, 40)]
     runs = []

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moestro.router.transport import Arrival, Dispatched, LocalHandle, LocalTransport
+from moestro.router.transport import Arrival, Dispatched, LocalHandle, LocalTransport, Transport
 from moestro.workers.batch import Batch
 from moestro.workers.engine import Engine
 from moestro.workers.kv_cache import KVCache
@@ -74,7 +74,7 @@ def timed_step(engine: Engine, clock: ForwardClock) -> dict[str, float]:
 
 
 @dataclass(frozen=True, slots=True)
-class CountingTransport:
+class CountingTransport(Transport[LocalHandle]):
     """A local transport that keeps how many distinct experts each dispatch reached."""
 
     local: LocalTransport

@@ -1,19 +1,55 @@
-"""AllToAllTransport in real processes: equal to the dense reference, and to the bit what one rank computes."""
+"""Every transport in real processes: equal to the dense reference, and to the bit what one rank computes."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from benchmarks.small_models import make_model, save_model
 from tests.distributed.processes import run_processes
+from tests.distributed.transport_ranks import KINDS
 from tests.router.cases import CASES
 
+RANKS = "tests.distributed.transport_ranks"
 SHAPES = [(1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (2, 2)]
+NUM_SEEDS = 12
 
 
-def test_all_to_all_in_every_shape() -> None:
-    results = run_processes("tests.distributed.transport_ranks:check", 4, {"shapes": SHAPES})
-    for shape, result in zip(SHAPES, results[0], strict=True):
-        print(f"\n(dp, tp)={shape}, median microseconds: {result['microseconds']}")
-    # Two dtypes, in every shape that has the rank.
-    checked = [[result["checked"] for result in of_rank] for of_rank in results]
-    assert checked == [[2 * len(CASES)] * sum(dp * tp > rank for dp, tp in SHAPES) for rank in range(4)]
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_over_ranks_is_that_of_one_rank(kind: str) -> None:
+    """The table of cases, spread and replicated, two odd placements, and random layers; a failure names its seed."""
+    arguments = {"shapes": SHAPES, "kind": kind, "num_seeds": NUM_SEEDS}
+    compared = run_processes(f"{RANKS}:check", 4, arguments, timeout_s=120)
+    assert compared == [
+        [2 * len(CASES) + 2 + NUM_SEEDS] * sum(dp * tp > rank for dp, tp in SHAPES) for rank in range(4)
+    ]
+
+
+def test_a_rank_that_sends_other_than_it_said_is_told() -> None:
+    assert run_processes(f"{RANKS}:check_refusals", 2) == [len(KINDS)] * 2
+
+
+def test_a_mixture_layer_in_halves_is_the_layer_at_once(tmp_path: Path) -> None:
+    """With a shared expert, by every kind, tokens uneven over ranks: the bits of one rank that holds all experts."""
+    save_model(make_model("qwen2_moe", seed=7), tmp_path)
+    results = run_processes(f"{RANKS}:check_mixture_layer", 3, {"model": str(tmp_path)})
+    assert [result["kinds"] for result in results] == [["all_to_all", "fixed_capacity", "gather_scatter", "none"]] * 3
+    for result in results:
+        assert result["dispatches"] == {"1": 1, "2": 2}, "halves were meant to be two dispatches"
+        assert 0 < result["wait_s"] < 30
+        assert 0 < result["compute_s"] < 30
+
+
+def test_rows_travel_while_the_caller_computes() -> None:
+    """Rank 1 comes half a second late: rank 0 is back from dispatch long before, and waits in the arrival."""
+    (sent_s, arrived_s), _ = run_processes(f"{RANKS}:overlap", 2)
+    assert sent_s < 0.2, "dispatch waited for its peer"
+    assert arrived_s > 0.25, "the peer was meant to be late"
+
+
+def test_sums_and_gathers_of_tensor_parallel_sets() -> None:
+    run_processes(f"{RANKS}:check_tensor_parallel", 4)
 
 
 def test_epochs_are_apart() -> None:
-    assert run_processes("tests.distributed.transport_ranks:check_epochs", 2) == [[[0, 1]] * 3] * 2
+    assert run_processes(f"{RANKS}:check_epochs", 2) == [[[0, 1]] * 3] * 2

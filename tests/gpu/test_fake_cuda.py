@@ -28,8 +28,12 @@ from moestro.kernels.grouped_experts import (
 )
 from moestro.protos.sequences import SamplingParams, SequenceRequest
 from moestro.router.expert_parallel import all_here
+from moestro.router.mesh import Collectives
 from moestro.router.parallel import NoTensorParallel
 from moestro.router.transport import LocalTransport
+from moestro.router.transports.all_to_all import AllToAllTransport
+from moestro.router.transports.fixed_capacity import FixedCapacityTransport, bucket_of
+from moestro.router.transports.gather_scatter import GatherScatterTransport
 from moestro.workers.architectures import parse_config
 from moestro.workers.batching import build_batch
 from moestro.workers.loading import Need
@@ -137,6 +141,47 @@ def assert_experts_are_stacked(decoder) -> None:
     for layer in decoder.layers:
         if isinstance(layer.mlp, MoeMlp):
             assert isinstance(layer.mlp.bank.experts, StackedExperts)
+
+
+class NoWork:
+    """A collective over fake tensors: what arrives has a shape, and that is all there is to know."""
+
+    def alltoall_base(self, out, x, receive, send):
+        assert all(type(size) is int for size in (*receive, *send)), "sizes are the host's"
+        assert (out.shape[0], x.shape[0]) == (sum(receive), sum(send))
+        return self
+
+    def wait(self):
+        pass
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("busiest", [0, 1, 3, 4, 17])
+def test_fixed_capacity_never_waits_and_has_the_shapes_of_its_bucket(fake, size, busiest):
+    """Nothing that a CUDA graph cannot capture: every size is known before the step, whatever is routed."""
+    fake.built()
+    capacity, k, width = 2, 3, 16
+    num_tokens_N = (0, *([busiest] * (size - 1))) if size > 1 else (busiest,)
+    bucket = bucket_of(busiest)
+    for rank in range(size):
+        transport = FixedCapacityTransport(Collectives(rank, size, NoWork()), capacity)
+        x_TD = torch.zeros(num_tokens_N[rank], width, dtype=torch.bfloat16, device=DEVICE)
+        slots_TK = torch.zeros(num_tokens_N[rank], k, dtype=torch.int64, device=DEVICE)
+        weights_TK = torch.zeros(num_tokens_N[rank], k, device=DEVICE)
+        dispatched, handle = transport.dispatch(x_TD, slots_TK, num_tokens_N)()
+        assert dispatched.x_RD.shape == (size * bucket * min(k, capacity), width)
+        assert (dispatched.x_RD.device, dispatched.counts_L.shape) == (DEVICE, (capacity,))
+        y_TD = transport.combine(dispatched.x_RD, weights_TK, handle)()
+        assert (y_TD.shape, y_TD.dtype, y_TD.device) == (x_TD.shape, torch.bfloat16, DEVICE)
+
+
+@pytest.mark.parametrize("transport", [AllToAllTransport, GatherScatterTransport])
+def test_transports_of_exact_sizes_wait_and_may_not_be_captured(fake, transport):
+    fake.built()
+    x_TD = torch.zeros(4, 16, dtype=torch.bfloat16, device=DEVICE)
+    slots_TK = torch.zeros(4, 2, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(DataDependentOutputException):
+        transport(Collectives(0, 2, NoWork()), 2).dispatch(x_TD, slots_TK, (4, 4))()
 
 
 def test_the_net_catches_what_it_should(fake):

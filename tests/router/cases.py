@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Literal
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
-from moestro.router.assign import Layout, assign
+from moestro.router.placement import EMPTY, Placement
 from moestro.router.reference import moe_layer
 from moestro.router.transport import Transport
 
@@ -61,7 +62,7 @@ CASES = (
 
 def make_tokens(case: Case, dp_rank: int, num_tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """x_TD, topk_ids_TK, weights_TK of one data-parallel rank."""
-    generator = torch.Generator().manual_seed(SEED + 1000 * CASES.index(case) + dp_rank)
+    generator = torch.Generator().manual_seed(SEED + crc32(case.name.encode()) + dp_rank)
     x_TD = torch.randn(num_tokens, WIDTH, generator=generator).to(dtype)
     if case.routing == "one_expert":
         ids_TK = torch.full((num_tokens, 1), case.num_experts // 2)
@@ -78,23 +79,56 @@ def expert_weights(num_experts: int, dtype: torch.dtype) -> Tensor:
     return (torch.randn(num_experts, WIDTH, WIDTH, generator=generator) / WIDTH**0.5).to(dtype)
 
 
+def replicated(num_experts: int, num_ranks: int, seed: int) -> Placement:
+    """Experts in no order, up to two replicas more on each rank, empty slots between."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(num_experts, generator=generator).tolist()
+    held = [order[rank::num_ranks] for rank in range(num_ranks)]
+    for experts in held:
+        others = sorted(set(range(num_experts)) - set(experts))
+        extra = torch.randperm(len(others), generator=generator).tolist()
+        experts += [others[index] for index in extra[: int(torch.randint(0, 3, (1,), generator=generator))]]
+    capacity = max(len(experts) for experts in held) + 1
+    slots = []
+    for experts in held:
+        padded = experts + [EMPTY] * (capacity - len(experts))
+        slots.append(tuple(padded[index] for index in torch.randperm(capacity, generator=generator).tolist()))
+    return Placement(num_experts, tuple(slots))
+
+
+def any_slots(ids_TK: Tensor, placement: Placement, seed: int) -> Tensor:
+    """slots_TK: any of the slots that hold each expert."""
+    choices = placement.slots_of_expert
+    draws_TK = torch.rand(ids_TK.shape, generator=torch.Generator().manual_seed(seed))
+    picked = [
+        [choices[e][int(draw * len(choices[e]))] for e, draw in zip(experts, draws, strict=True)]
+        for experts, draws in zip(ids_TK.tolist(), draws_TK.tolist(), strict=True)
+    ]
+    return torch.tensor(picked, dtype=torch.int64).reshape(ids_TK.shape)
+
+
+def run_rows(x_RD: Tensor, counts_L: Tensor, local_experts: tuple[int, ...], weights_EDD: Tensor) -> Tensor:
+    """The experts, row by row, so that no row depends on its neighbours. What is padding becomes NaN."""
+    experts = [e for e, n in zip(local_experts, counts_L.tolist(), strict=True) for _ in range(n)]
+    y_RD = torch.full_like(x_RD, float("nan"))
+    for r, expert in enumerate(experts):
+        # A fresh copy of each row, since a BLAS may add in another order for another alignment.
+        y_RD[r] = weights_EDD[expert] @ x_RD[r].clone()
+    return y_RD
+
+
 def expert_layer(
     transport: Transport[Any],
-    layout: Layout,
+    local_experts: tuple[int, ...],
     num_tokens_N: tuple[int, ...],
     x_TD: Tensor,
-    ids_TK: Tensor,
+    slots_TK: Tensor,
     w_TK: Tensor,
     weights_EDD: Tensor,
 ) -> Tensor:
-    """dispatch, the experts (row by row, so that no row depends on its neighbours), combine."""
-    dispatched, handle = transport.dispatch(x_TD, assign(ids_TK, layout), num_tokens_N)()
-    counts = dispatched.counts_L.tolist()
-    experts = [e for e, n in zip(layout.local_experts, counts, strict=True) for _ in range(n)]
-    y_RD = dispatched.x_RD.clone()
-    for r, expert in enumerate(experts):
-        # A fresh copy of each row, since a BLAS may add in another order for another alignment.
-        y_RD[r] = weights_EDD[expert] @ dispatched.x_RD[r].clone()
+    """dispatch, the experts, combine."""
+    dispatched, handle = transport.dispatch(x_TD, slots_TK, num_tokens_N)()
+    y_RD = run_rows(dispatched.x_RD, dispatched.counts_L, local_experts, weights_EDD)
     return transport.combine(y_RD, w_TK, handle)()
 
 

@@ -4,8 +4,6 @@ import pytest
 import torch
 from tests.router.cases import CASES, Case, expert_layer, expert_weights, make_tokens, reference
 
-from moestro.router.assign import lay_out
-from moestro.router.placement import spread
 from moestro.router.transport import LocalTransport
 
 
@@ -13,9 +11,9 @@ from moestro.router.transport import LocalTransport
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_local_transport_equals_the_reference(case: Case, dtype: torch.dtype, tolerance: float) -> None:
     weights = expert_weights(case.num_experts, dtype)
-    transport, layout = LocalTransport(case.num_experts), lay_out(spread(case.num_experts, 1), 0, "cpu")
+    transport, here = LocalTransport(case.num_experts), tuple(range(case.num_experts))
     for rank, num_tokens in enumerate(case.tokens_per_rank(4)):
         x_TD, ids_TK, w_TK = make_tokens(case, rank, num_tokens, dtype)
-        y_TD = expert_layer(transport, layout, (num_tokens,), x_TD, ids_TK, w_TK, weights)
+        y_TD = expert_layer(transport, here, (num_tokens,), x_TD, ids_TK, w_TK, weights)
         expected_TD = reference(x_TD, ids_TK, w_TK, weights)
         torch.testing.assert_close(y_TD.float(), expected_TD, rtol=tolerance, atol=tolerance)

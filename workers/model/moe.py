@@ -90,13 +90,31 @@ class MoeMlp:
     def _route(self, x_tM: Tensor, num_tokens_N: tuple[int, ...]) -> Tensor:
         ids_tK, weights_tK = self.gate.route(x_tM)
         slots_tK = assign(ids_tK, self.bank.layout)
-        arriving = self.transport.dispatch(x_tM, slots_tK, num_tokens_N)
+        num_parts = self.transport.num_parts(num_tokens_N)
+        shards = [slice(*token_shard(x_tM.shape[0], part, num_parts)) for part in range(num_parts)]
+        arriving = [
+            self.transport.dispatch(x_tM[shard], slots_tK[shard], _part_of(num_tokens_N, part, num_parts))
+            for part, shard in enumerate(shards)
+        ]
         # Computed while the rows travel.
         shared_tM = None if self.shared is None else self.shared.forward(x_tM)
-        dispatched, handle = self.bank.awaited(arriving)
-        y_RM = self.bank.apply(dispatched.x_RD, dispatched.counts_L)
-        y_tM = self.bank.awaited(self.transport.combine(y_RM, weights_tK, handle))
+        returning = []
+        for shard, arrival in zip(shards, arriving, strict=True):
+            dispatched, handle = self.bank.awaited(arrival)
+            y_RM = self.bank.apply(dispatched.x_RD, dispatched.counts_L)
+            # Travels home while the experts of the next part are computed.
+            returning.append(self.transport.combine(y_RM, weights_tK[shard], handle))
+        returned = [self.bank.awaited(arrival) for arrival in returning]
+        y_tM = returned[0] if num_parts == 1 else torch.cat(returned)
         return y_tM if shared_tM is None else y_tM + shared_tM
+
+
+def _part_of(num_tokens_N: tuple[int, ...], part: int, num_parts: int) -> tuple[int, ...]:
+    """Of every rank's tokens those of one part."""
+    if num_parts == 1:
+        return num_tokens_N
+    shards = (token_shard(num_tokens, part, num_parts) for num_tokens in num_tokens_N)
+    return tuple(stop - start for start, stop in shards)
 
 
 def _gather_tokens(y_tM: Tensor, num_tokens: int, tp: TensorParallel) -> Tensor:
