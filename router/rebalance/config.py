@@ -16,7 +16,9 @@ class Config:
     """Traffic that a decision looks at. Longer: fewer rows decide by chance, but a shift of traffic is seen later. A
     plan is then tried on half as much of traffic that it has not seen."""
     interval_s: float = 20.0
-    """Between the end of one decision and the next. Each costs at most one run of the solver in the background."""
+    """Between the end of one decision and the next. Each costs at most one run of the solver in the background; these
+    become rarer, down to every eighth, while they find nothing worth it and no more than twice as much is to be gained.
+    """
     horizon_s: float = 600.0
     """How long a new placement is trusted to keep paying. Longer: costlier moves are made."""
     bytes_per_s: float = 256e6

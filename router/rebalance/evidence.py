@@ -27,7 +27,7 @@ class Evidence:
         self._config = config
         self._expert_bytes = expert_bytes
         self._ledger = ledger
-        self._memory = Memory(config.backoff_s)
+        self._memory = Memory(config.backoff_s, doublings=6)
         self._slowdown = Learned(config.slowdown_s_per_byte, config.horizon_s)
         self._stall = Learned(config.switch_stall_s, config.horizon_s)
         self._s_per_row = 0.0  # as of the last appraisal

@@ -19,6 +19,7 @@ class Plan:
     tables: Tables  # of these placements
     since: float  # traffic from then on has had no part in making it
     forced: bool  # carried out whether it pays or not, and not judged afterwards
+    hope: float = 0.0  # fraction of the step time that made the machine ask for it
     queue: list[int] = field(default_factory=list)  # layers still to move, best first
     moved: list[int] = field(default_factory=list)
     before: Line | None = None  # step time before it began
@@ -56,6 +57,7 @@ class Idle:
 class Solving:
     ticket: int
     since: float
+    hope: float  # fraction of the step time that even loads would save
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from moestro.router.rebalance.cost_model import Appraisal, excess_rows, measure,
 from moestro.router.rebalance.evidence import Evidence
 from moestro.router.rebalance.fit import FEWEST, Line, compare
 from moestro.router.rebalance.ledger import Ledger, Outcome, Trigger
+from moestro.router.rebalance.memory import Memory
 from moestro.router.rebalance.messages import Drop, Intent, Ints, Observation, StartLoad, StartSolve, Switch
 from moestro.router.rebalance.plan import Idle, Job, Moving, Phase, Plan, Settling, Solving, Trying
 from moestro.router.rebalance.tables import tabulate
@@ -38,6 +39,7 @@ class Rebalancer:
         self._paused = not config.enabled
         self._phase: Phase = Idle(-math.inf)
         self._tickets = 0
+        self._solves = Memory(config.interval_s, doublings=3)  # with one subject, 0
 
     @property
     def placements(self) -> tuple[Placement, ...]:
@@ -77,9 +79,12 @@ class Rebalancer:
             return
         self._check(placements)
         if tuple(placements) == self.placements:
+            self._solves.disappointed(0, self._phase.hope, self._evidence.now)
             self._refuse(Trigger.AUTO, "no better", "The solver knows no better placement.")
         else:
-            self._phase = Trying(_plan(Trigger.AUTO, "Loads are uneven", placements, self._phase.since))
+            plan = _plan(Trigger.AUTO, "Loads are uneven", placements, self._phase.since)
+            plan.hope = self._phase.hope
+            self._phase = Trying(plan)
 
     def ready(self, ticket: int) -> None:
         """Every rank has staged that load; the next observation answers with its switch. Late answers are ignored."""
@@ -158,8 +163,15 @@ class Rebalancer:
                 f"Nothing to gain: even loads would save {max(0.0, gain):.1%} of the step time, {self._wanted}.",
             )
             return
+        if self._solves.forbids(0, gain, self._evidence.now):
+            self._refuse(
+                Trigger.AUTO,
+                "solved in vain",
+                f"Even loads would save {gain:.1%} of the step time, but lately no plan for such a gain was worth it.",
+            )
+            return
         self._evidence.cut()
-        self._phase = Solving(self._ticket(), self._evidence.now)
+        self._phase = Solving(self._ticket(), self._evidence.now, gain)
         yield StartSolve(self._phase.ticket, self.loads_LE, self.placements)
 
     def _try(self, plan: Plan) -> Iterator[Intent]:
@@ -173,6 +185,8 @@ class Rebalancer:
         rates = self._evidence.rates(plan)
         gain = rates.fraction(math.fsum(a.rate for a in wanted) * rates.wall_s)
         if gain < self._config.min_gain or not wanted:
+            if plan.trigger is Trigger.AUTO:
+                self._solves.disappointed(0, plan.hope, self._evidence.now)
             best = max(appraisals, key=lambda a: (a.saved_s - a.cost_s, -a.layer))
             self._refuse(
                 plan.trigger,
@@ -182,6 +196,7 @@ class Rebalancer:
                 f"best: {self._in_words(best)}.",
             )
             return
+        self._solves.paid(0)
         wanted.sort(key=lambda a: (-a.saved_s / max(1, a.bytes), a.layer))
         plan.queue = [a.layer for a in wanted]
         yield from self._begin(plan)

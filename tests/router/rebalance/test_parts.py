@@ -245,7 +245,7 @@ def test_an_observation_of_the_wrong_size_is_refused() -> None:
 
 
 def test_disappointment_doubles_the_wait_until_a_move_pays() -> None:
-    memory = Memory(backoff_s=10)
+    memory = Memory(backoff_s=10, doublings=6)
     assert not memory.forbids(3, 1.0, now=0)
     waits = []
     for _ in range(9):

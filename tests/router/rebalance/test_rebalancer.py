@@ -1,7 +1,6 @@
 """A rebalancer in a simulated group: it earns its moves, and nothing is ever torn."""
 
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -115,7 +114,7 @@ def test_nothing_moves_when_moving_costs_more_than_it_saves() -> None:
     assert group.bytes_moved == 0
     refusal = next(iter(group.machine.ledger))
     assert refusal.kind == "would not pay"
-    assert refusal.times > 3
+    assert refusal.times >= 3
     assert "Of 3 layers 0 would pay" in refusal.reason
 
 
@@ -212,7 +211,7 @@ def test_a_move_that_looked_good_and_is_slow_is_undone_and_tried_ever_more_rarel
         tries = [entry.at for entry in undone if entry.layer == layer]
         gaps = np.diff(tries)
         assert len(tries) <= 6
-        assert all(later > 1.5 * earlier for earlier, later in pairwise(gaps))
+        assert all(gap >= QUICK.backoff_s * 2**i for i, gap in enumerate(gaps))
     assert group.machine.ledger.totals.undone == len(undone)
 
 
@@ -410,7 +409,24 @@ def test_pausing_ends_a_plan_of_its_own_and_resuming_begins_anew() -> None:
 def test_a_solver_that_knows_nothing_better_moves_nothing() -> None:
     group = Group(skewed(0), solve=lambda loads_LE, previous: previous).run(60)
     assert group.bytes_moved == 0
-    assert list(group.machine.ledger)[-1].kind == "no better"
+    assert {entry.kind for entry in group.machine.ledger} == {"no better", "solved in vain"}
+
+
+def test_solves_in_vain_become_rare_until_there_is_more_to_gain() -> None:
+    tried: list[float] = []
+
+    def idle_solver(loads_LE: np.ndarray, previous: tuple[Placement, ...]) -> tuple[Placement, ...]:
+        tried.append(group.now)
+        return previous
+
+    group = Group(skewed(0, 0.3), solve=idle_solver)
+    group.run(150)
+    gaps = np.diff(sorted(set(tried)))
+    assert gaps[0] < 8
+    assert all(gaps[-2:] >= 8 * QUICK.interval_s)
+    group.popularity = skewed(0, 0.8)
+    group.run(16)
+    assert tried[-1] > 150
 
 
 @pytest.mark.parametrize(
