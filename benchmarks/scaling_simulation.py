@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moestro.router.balance import TOLERANCE, Topology, balance
-from moestro.router.placement import EMPTY, Placement, moves, moves_of_rank, spread
+from moestro.router.placement import EMPTY, Placement, spread
 
 Array = NDArray[np.float64]
 
@@ -70,6 +70,12 @@ def expert_us(rows_E: Array, placement: Placement) -> Array:
     return np.maximum(experts_R * EXPERT_WEIGHTS / BYTES_PER_US, rows_R * 2 * EXPERT_WEIGHTS / FLOPS_PER_US)
 
 
+def least_loaded(old: Placement, new: Placement) -> list[int]:
+    """By rank: the experts it did not have before, in whatever slots (a plan from nothing does not keep to them)."""
+    ranks = zip(old.slots, new.slots, strict=True)
+    return [len(set(after) - set(before) - {EMPTY}) for before, after in ranks]
+
+
 def drawn_rows(ranks: int, seed: int) -> NDArray[np.int64]:
     """rows: windows, layers, experts; the same for every policy."""
     rng = np.random.default_rng((seed, ranks))
@@ -91,7 +97,7 @@ def simulate(ranks: int, policy: str, network_us: float, seed: int) -> Result:
         if window and policy != "spread":
             previous = plan if policy == "with previous" else None
             new = balance(windows[window - 1], topology, capacity, previous=previous)
-            loaded = [moves_of_rank(moves(a, b), ranks) for a, b in zip(plan, new, strict=True)]
+            loaded = [least_loaded(a, b) for a, b in zip(plan, new, strict=True)]
             plan = new
             if window > 1:  # the first plan replaces the spread in both cases
                 moved.append(np.sum(loaded))
@@ -129,11 +135,11 @@ def plot(results: list[Result], path: Path) -> None:
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     time, moved = figure.subplots(1, 2)
-    for policy in POLICIES:
+    for policy, colour in zip(POLICIES, ("C0", "C1", "C2"), strict=True):
         mine = [r for r in results if r.policy == policy]
-        time.plot([r.ranks for r in mine], [r.step_us for r in mine], marker="o", label=policy)
+        time.plot([r.ranks for r in mine], [r.step_us for r in mine], marker="o", color=colour, label=policy)
         if policy != "spread":
-            moved.plot([r.ranks for r in mine], [r.moved_gb for r in mine], marker="o", label=policy)
+            moved.plot([r.ranks for r in mine], [r.moved_gb for r in mine], marker="o", color=colour, label=policy)
     even = [r for r in results if r.policy == "with previous"]
     time.plot([r.ranks for r in even], [r.even_us for r in even], "k:", label="every rank alike")
     network = np.add(DISPATCH_US, COMBINE_US)
@@ -145,7 +151,7 @@ def plot(results: list[Result], path: Path) -> None:
         axes.set_xticks(RANKS, [str(ranks) for ranks in RANKS])
         axes.set_xlabel("ranks (128 tokens each)")
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc="upper left", fontsize="small")
     figure.suptitle("Simulation, not a measurement: 256 experts, top-8, lognormal popularity that shifts half way")
     figure.savefig(path, dpi=120)
 

@@ -41,10 +41,10 @@ def balance(
 
     What a rank may have is judged by the fullest rank of the best plan found from nothing. A layer whose previous
     placement is within ``tolerance`` of that (a fraction of it) stays as it is. Otherwise slots are changed one by one
-    until it is within half of ``tolerance``, so that no layer is touched to gain less than about that; if the changes
-    end above ``tolerance``, the plan from nothing is taken, its ranks renamed so that much of it is already in place.
-    What stays on a rank stays in its slot. Zero (it counts as NEGLIGIBLE) asks for the best plan found, more trades
-    balance for bytes.
+    until it is within half of ``tolerance``, so that no layer is touched to gain much less than that. Only if the
+    changes end above twice ``tolerance``, the plan from nothing is taken, its ranks renamed so that some of it is
+    already in place: it moves most experts. What stays on a rank stays in its slot. Zero (it counts as NEGLIGIBLE) asks
+    for the best plan found, more trades balance for bytes.
 
     With ``num_groups`` a multiple of the number of nodes, and nodes of equal size, every node gets equally many whole
     groups, whatever that moves (the tolerance is applied to the loads of nodes, then to those of ranks); otherwise
@@ -93,7 +93,7 @@ def _solve(load_BE: Ints, old_BRC: Ints, tolerance: float, parts: int = 1) -> In
     steps = improve(load_BE[over], old_BRC[over], enough_B[over], count_moves=True, max_steps=R * C)
     kept[over] = _in_old_slots(steps, old_BRC[over])  # a step may bring back what another took away
     good = _is_complete(kept, load_BE.shape[1])
-    good[good] = _most(load_BE[good], kept[good]) <= bearable_B[good]
+    good[good] = _most(load_BE[good], kept[good]) <= _within(best_B, 2 * tolerance)[good]
     good &= _num_moves(old_BRC, kept) <= _num_moves(old_BRC, fresh)
     return np.where(good[:, None, None], kept, fresh)
 
