@@ -32,7 +32,8 @@ from moestro.workers.rebalancing.reports import Reporter
 
 log = logging.getLogger(__name__)
 
-OBSERVE_S = 1.0
+OBSERVE_S = 1.0  # between observations, but at least OBSERVATIONS in a window
+OBSERVATIONS = 16
 _NS = 1e-9
 
 
@@ -56,6 +57,7 @@ class GroupExperts:
         solve: Solve,
         open_source: OpenSource,
         reporter: Reporter,
+        window_s: float,
     ) -> None:
         """``banks`` by decoder layer; at least one. ``solve`` is the same pure function on every rank."""
         self._banks = tuple(banks.values())
@@ -65,6 +67,7 @@ class GroupExperts:
         self._solve = solve
         self._open_source = open_source
         self._reporter = reporter
+        self._observe_every_s = min(OBSERVE_S, window_s / OBSERVATIONS)
         self._observer = Observer(self._banks, lockstep)
         self._background = Background(lockstep.wake)
         self._task: _Task | None = None
@@ -126,7 +129,7 @@ class GroupExperts:
         self._background.cancel()
 
     def _observe(self, now_s: float) -> Iterable[Intent]:
-        self._observe_at_s = now_s + OBSERVE_S
+        self._observe_at_s = now_s + self._observe_every_s
         seen = self._observer.observe(now_s)
         self._reporter.saw(seen, self._placements, self._slowest_steps)
         self._slowest_steps = [0] * len(self._slowest_steps)

@@ -67,7 +67,7 @@ def group_experts(
     num_ranks = placements[0].num_ranks
     topology = Topology.regular(num_ranks, spec.ranks_per_node or num_ranks)
     solve = partial(_solve, topology, placements[0].capacity, model.config.num_expert_groups)
-    return GroupExperts(banks, lockstep, rank, rebalancer, solve, open_source, reporter)
+    return GroupExperts(banks, lockstep, rank, rebalancer, solve, open_source, reporter, spec.rebalance.window_s)
 
 
 def _solve(
