@@ -150,7 +150,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1)] = 7,
     calls: Annotated[int, typer.Option(min=1)] = 20,
     top_k: Annotated[int, typer.Option(min=1, max=NUM_EXPERTS)] = 4,
-    tokens: Annotated[list[int], typer.Option(help="Of each rank; may be repeated.")] = [1, 4, 16, 64, 256],  # noqa: B006
+    tokens: Annotated[list[int], typer.Option(help="Of each rank; may be repeated.")] = [1, 4, 16, 64, 256, 1024],  # noqa: B006
     ranks: Annotated[list[int], typer.Option(help="May be repeated.")] = [2, 4],  # noqa: B006
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/transports.json"),
 ) -> None:

@@ -41,9 +41,9 @@ def test_a_mixture_layer_in_halves_is_the_layer_at_once(tmp_path: Path) -> None:
 
 
 def test_rows_travel_while_the_caller_computes() -> None:
-    """Rank 1 comes half a second late: rank 0 is back from dispatch long before, and waits in the arrival."""
+    """Rank 1 comes a second late: rank 0 is back from dispatch long before, and waits in the arrival."""
     (sent_s, arrived_s), _ = run_processes(f"{RANKS}:overlap", 2)
-    assert sent_s < 0.2, "dispatch waited for its peer"
+    assert sent_s < 0.5, "dispatch waited for its peer"
     assert arrived_s > 0.25, "the peer was meant to be late"
 
 

@@ -221,7 +221,7 @@ def overlap(rank: int, world_size: int, address: StoreAddress) -> list[float]:
         transport.dispatch(x_TD, slots_TK, (3,) * world_size)()
         mesh.control.all_gather(torch.zeros(1))
         if rank == 1:
-            time.sleep(0.5)
+            time.sleep(1.0)
         start = time.perf_counter()
         arriving = transport.dispatch(x_TD, slots_TK, (3,) * world_size)
         sent = time.perf_counter()
