@@ -84,8 +84,8 @@ def failed(request: str, reason: str) -> Comparison:
 def _prompt_logprobs(request: str, expected: Sequence[PositionLogprobs], got: Sequence[PositionLogprobs]) -> Comparison:
     for index, (before, after) in enumerate(zip_longest(expected, got)):
         if _exact(before) != _exact(after):
-            shown = _show(before), _show(after)
-            return Comparison(logprobs=index, difference=Difference(request, 0, "prompt logprob", index, *shown))
+            difference = Difference(request, 0, "prompt logprob", index, *_first_unequal(before, after))
+            return Comparison(logprobs=index, difference=difference)
     return Comparison(logprobs=len(expected))
 
 
@@ -96,9 +96,9 @@ def _choice(request: str, expected: Choice, got: Choice) -> Comparison:
             shown = ["the end" if token is None else str(token) for token in (before, after)]
             difference = Difference(request, expected.index, "token", index, shown[0], shown[1])
             return Comparison(index, min(index, len(expected.logprobs)), difference=difference)
-        pair = [choice.logprobs[index] if index < len(choice.logprobs) else None for choice in (expected, got)]
-        if _exact(pair[0]) != _exact(pair[1]):
-            difference = Difference(request, expected.index, "logprob", index, _show(pair[0]), _show(pair[1]))
+        one, other = (choice.logprobs[index] if index < len(choice.logprobs) else None for choice in (expected, got))
+        if _exact(one) != _exact(other):
+            difference = Difference(request, expected.index, "logprob", index, *_first_unequal(one, other))
             return Comparison(index + 1, index, difference=difference)
     compared = Comparison(index + 1, len(expected.logprobs))
     endings = [(choice.finish_reason, choice.stop_string) for choice in (expected, got)]
@@ -125,19 +125,23 @@ def _hidden_states(num_prompt: int, expected: Choice, got: Choice) -> tuple[tupl
     return first, count
 
 
-def _exact(position: PositionLogprobs | None) -> object:
+def _exact(position: PositionLogprobs | None) -> list[tuple[int, str] | None] | None:
     """Equal only for equal bits: a float's own equality does not tell 0 from -0."""
-    if position is None:
-        return None
-    return position.token and _bits(position.token), tuple(map(_bits, position.top))
+    return None if position is None else [_bits(position.token), *map(_bits, position.top)]
 
 
-def _bits(token: TokenLogprob) -> tuple[int, str]:
-    return token.token_id, token.logprob.hex()
+def _bits(token: TokenLogprob | None) -> tuple[int, str] | None:
+    return None if token is None else (token.token_id, token.logprob.hex())
 
 
-def _show(position: PositionLogprobs | None) -> str:
-    if position is None:
-        return "nothing"
-    tokens = [position.token, *position.top] if position.token is not None else list(position.top)
-    return "[" + ", ".join(f"{token.token_id}: {token.logprob!r}" for token in tokens) + "]"
+def _first_unequal(before: PositionLogprobs | None, after: PositionLogprobs | None) -> tuple[str, str]:
+    """The first entries of two positions that differ, in words."""
+    if before is None or after is None:
+        return _show(before and before.token), _show(after and after.token)
+    entries = zip_longest((before.token, *before.top), (after.token, *after.top))
+    one, other = next(pair for pair in entries if _bits(pair[0]) != _bits(pair[1]))
+    return _show(one), _show(other)
+
+
+def _show(token: TokenLogprob | None) -> str:
+    return "nothing" if token is None else f"{token.logprob!r} for token {token.token_id}"

@@ -88,18 +88,19 @@ class Lab:
         return list(await asyncio.gather(*(self._ask(case, disturb(case), delay_s) for case, delay_s in pairs)))
 
     @asynccontextmanager
-    async def crowd(self) -> AsyncIterator[list[Completion]]:
-        """Fills the cluster with other requests while inside; yields the list of those that were answered."""
-        answered: list[Completion] = []
+    async def crowd(self) -> AsyncIterator[list[Case]]:
+        """Fills the cluster with other requests while inside; yields the growing list of those."""
+        begun: list[Case] = []
 
         async def fill(number: int) -> None:
             rng = self.rng(f"filler {number}")
             while True:
-                answered.append(await self.target.ask(filler(self.model, rng), Diagnostics()))
+                begun.append(filler(self.model, rng))
+                await self.target.ask(begun[-1], Diagnostics())
 
         tasks = [asyncio.create_task(fill(number)) for number in range(NUM_FILLERS)]
         try:
-            yield answered
+            yield begun
         finally:
             for task in tasks:
                 task.cancel()

@@ -29,8 +29,8 @@ def render(report: Report) -> RenderableType:
             continue
         compared = row.compared
         counts = (row.num_requests, compared.tokens, compared.logprobs, compared.hidden_states)
-        note = f" ({escape(row.note)})" if row.note else ""
-        result = f"[green]equal[/]{note}" if row.is_equal else f"[bold red]different[/]{note}"
+        verdict = "[green]equal[/]" if row.is_equal else f"[bold red]{row.num_different} different[/]"
+        result = f"{verdict}: {escape(row.note)}" if row.note else verdict
         table.add_row(row.perturbation, *(f"{count:,}" for count in counts), result)
     differences = [
         f"[bold red]{row.perturbation}[/]: {escape(str(row.compared.difference))}"
@@ -82,5 +82,10 @@ def to_json(report: Report) -> str:
 def _json_row(row: Row) -> dict[str, object]:
     told: dict[str, object] = {"perturbation": row.perturbation, "applies": row.compared is not None, "note": row.note}
     if row.compared is not None:
-        told |= {"equal": row.is_equal, "requests": row.num_requests, **asdict(row.compared)}
+        told |= {
+            "equal": row.is_equal,
+            "requests": row.num_requests,
+            "different": row.num_different,
+            **asdict(row.compared),
+        }
     return told

@@ -21,6 +21,7 @@ class Row:
     perturbation: str
     num_requests: int
     compared: Comparison | None
+    num_different: int = 0  # requests
     note: str = ""
 
     @property
@@ -96,13 +97,15 @@ async def _row(lab: Lab, name: str) -> Row:
     try:
         outcome = await PERTURBATIONS[name](lab)
     except NotApplicable as reason:
-        return Row(name, 0, None, str(reason))
+        return Row(name, 0, None, note=str(reason))
     except (MoestroError, TimeoutError) as error:
         return Row(name, 0, failed("none", f"{type(error).__name__}: {error}"))
-    total = Comparison()
-    for each in outcome.asked:
-        if isinstance(each.result, str):
-            total += failed(each.case.name, each.result)
-        else:
-            total += compare(each.case.name, lab.baseline[each.case.name], each.result)
-    return Row(name, len(outcome.asked), total, outcome.note)
+    compared = [_compare(lab, each) for each in outcome.asked]
+    num_different = sum(comparison.difference is not None for comparison in compared)
+    return Row(name, len(compared), sum(compared, Comparison()), num_different, outcome.note)
+
+
+def _compare(lab: Lab, asked: Asked) -> Comparison:
+    if isinstance(asked.result, str):
+        return failed(asked.case.name, asked.result)
+    return compare(asked.case.name, lab.baseline[asked.case.name], asked.result)

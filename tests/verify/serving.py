@@ -1,12 +1,13 @@
-"""A real gRPC server in this process over one engine of the bundled demo model, to be verified like a cluster."""
+"""A real gRPC server in this process over one engine, to be verified like a cluster."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
 
 import torch
-from tests.edge.serving import run
 
 from moestro.cluster.config import load_config
 from moestro.cluster.edge.core import RequestCore
@@ -15,12 +16,10 @@ from moestro.cluster.gateway import edge_limits, served_model
 from moestro.cluster.local_backend import LocalBackend
 from moestro.cluster.serving.rank_spec import rank_spec
 from moestro.protos.gen import inference_pb2 as pb
-from moestro.workers import rank_setup
-from moestro.workers.model.decoder import Decoder
+from moestro.workers.rank_setup import build_rank
+from moestro.workers.runner import Model
 
-__all__ = ["run", "serving"]
-
-Change = Callable[[Decoder], Decoder]
+Change = Callable[[Model], Model]
 
 
 async def status() -> pb.GetClusterStatusResponse:
@@ -29,14 +28,14 @@ async def status() -> pb.GetClusterStatusResponse:
 
 
 @contextlib.asynccontextmanager
-async def serving(dtype: str, change: Change = lambda model: model) -> AsyncIterator[str]:
-    """The address of a server whose model is what ``change`` makes of the honest one."""
+async def serving(model: Path | None, dtype: str, change: Change = lambda model: model) -> AsyncIterator[str]:
+    """The address of a server of ``model`` (None: the bundled demo), or of what ``change`` makes of it."""
     torch.set_num_threads(1)
-    config = load_config(None, {"cluster": {"dp": 1}, "model": {"dtype": dtype}})
-    built = rank_setup.build_rank(rank_spec(config))
-    runner = built.loop._engine.runner
-    object.__setattr__(runner, "model", change(runner.model))  # type: ignore[arg-type]
-    backend = LocalBackend(built)
+    config = load_config(None, {"cluster": {"dp": 1}, "model": {"path": model, "dtype": dtype}})
+    rank = build_rank(rank_spec(config))
+    engine = rank.loop._engine
+    rank.loop._engine = replace(engine, runner=replace(engine.runner, model=change(engine.runner.model)))
+    backend = LocalBackend(rank)
     core = RequestCore([served_model(config, backend)], edge_limits(config))
     server = GrpcServer(core, status, "test", GrpcOptions(host="127.0.0.1", port=0))
     port = await server.start()
