@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from moestro.kernels.linear import Linear, PlainLinear
+from moestro.kernels.linear import Linear
 from moestro.workers.batch import Batch, CacheTables
 from moestro.workers.hidden_trace import HiddenTrace
 from moestro.workers.kv_cache import KVCache
@@ -70,21 +71,24 @@ def _alone(batch: Batch, row: int, sequence: int) -> Batch:
 
 @dataclass(frozen=True)
 class TiledByBatch:
-    """y = x W^T, summed in one run, or in two halves when the step has more than four rows: a tile size that depends on
-    the batch."""
+    """y = x W^T + b, summed in one run, or in two halves where there are more than four rows: a tile size that depends
+    on the batch."""
 
-    whole: PlainLinear
-    engine: TokenByToken
+    whole: Linear
+    num_rows: Callable[[Tensor], int]
 
     @property
     def out_features(self) -> int:
         return self.whole.out_features
 
     def apply(self, x_TI: Tensor) -> Tensor:
-        if self.engine.num_tokens <= 4:
+        if self.num_rows(x_TI) <= 4:
             return self.whole.apply(x_TI)
-        half, weight_OI = x_TI.shape[1] // 2, self.whole.weight_OI
-        return x_TI[:, :half] @ weight_OI[:, :half].T + x_TI[:, half:] @ weight_OI[:, half:].T
+        left_TI, right_TI = x_TI.clone(), x_TI.clone()
+        left_TI[:, x_TI.shape[1] // 2 :] = 0
+        right_TI[:, : x_TI.shape[1] // 2] = 0
+        bias_TO = self.whole.apply(torch.zeros_like(x_TI))
+        return self.whole.apply(left_TI) + self.whole.apply(right_TI) - bias_TO
 
 
 def invariant(model: Model) -> Model:
@@ -92,13 +96,20 @@ def invariant(model: Model) -> Model:
 
 
 def planted(model: Model, in_layer: int) -> Model:
-    """The output projection of one layer's attention depends on the batch."""
-    decoder = cast(Decoder, model)
-    engine = TokenByToken(decoder)
-    layers = list(decoder.layers)
-    layer = layers[in_layer]
-    assert isinstance(layer.attention.out, PlainLinear), "fp32 weights are plain"
-    out: Linear = TiledByBatch(layer.attention.out, engine)
-    layers[in_layer] = replace(layer, attention=replace(layer.attention, out=out))
-    engine.decoder = replace(decoder, layers=tuple(layers))
+    """An invariant engine, but that the output projection of one layer's attention depends on the batch."""
+    engine = TokenByToken(cast(Decoder, model))
+    engine.decoder = _with_tiles(engine.decoder, in_layer, lambda _: engine.num_tokens)
     return engine
+
+
+def planted_in_kernel(model: Model, in_layer: int) -> Model:
+    """The model itself with the same fault: the product looks at its own rows."""
+    return _with_tiles(cast(Decoder, model), in_layer, lambda x_TI: x_TI.shape[0])
+
+
+def _with_tiles(decoder: Decoder, in_layer: int, num_rows: Callable[[Tensor], int]) -> Decoder:
+    layers = list(decoder.layers)
+    attention = layers[in_layer].attention
+    faulty = replace(attention, out=TiledByBatch(attention.out, num_rows))
+    layers[in_layer] = replace(layers[in_layer], attention=faulty)
+    return replace(decoder, layers=tuple(layers))

@@ -6,10 +6,11 @@ import asyncio
 import json
 import re
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from tests.verify.engines import invariant, planted
+from tests.verify.engines import invariant, planted, planted_in_kernel
 from tests.verify.serving import Change, serving
 from typer.testing import CliRunner, Result
 
@@ -19,11 +20,21 @@ from moestro.cluster.verify.perturbations import PERTURBATIONS
 from moestro.cluster.verify.run import Report, verify
 
 ONE_RANK = {"other rank", "other group"}  # do not apply to a server of one rank
+needs_invariant_kernels = pytest.mark.skipif(
+    find_spec("moestro.kernels.row_tiles") is None, reason="the kernels depend on the batch"
+)
 
 
-def report_of(checkpoint: Path, change: Change, names: tuple[str, ...], num_requests: int, seed: int) -> Report:
+def report_of(
+    checkpoint: Path | None,
+    change: Change,
+    names: tuple[str, ...],
+    num_requests: int,
+    seed: int,
+    dtype: str = "float32",
+) -> Report:
     async def scenario() -> Report:
-        async with serving(checkpoint, "float32", change) as address, GrpcTarget(address, "", 60.0) as target:
+        async with serving(checkpoint, dtype, change) as address, GrpcTarget(address, "", 60.0) as target:
             return await verify(target, num_requests, seed, names)
 
     return asyncio.run(asyncio.wait_for(scenario(), 120))
@@ -73,6 +84,19 @@ def test_a_tile_size_that_depends_on_the_batch_is_found_with_its_layer(checkpoin
     assert difference.position is not None
     assert difference.index is not None
     assert chunked.num_different > 0
+
+
+@needs_invariant_kernels
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_demo_is_equal_and_with_a_planted_fault_is_not(dtype: str) -> None:
+    names = "crowd", "order", "chunked by 1", "chunked by 7", "preempted", "cached"
+    honest = report_of(None, lambda model: model, names, num_requests=8, seed=3, dtype=dtype)
+    assert honest.is_equal, [row.compared for row in honest.rows]
+    faulty = report_of(None, partial(planted_in_kernel, in_layer=3), names[2:3], num_requests=8, seed=3, dtype=dtype)
+    compared = faulty.rows[0].compared
+    assert compared is not None
+    assert compared.difference is not None
+    assert compared.difference.layer == 3
 
 
 def test_the_command_says_so_and_exits_with_1(checkpoint: Path) -> None:
