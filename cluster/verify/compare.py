@@ -85,8 +85,13 @@ def _prompt_logprobs(request: str, expected: Sequence[PositionLogprobs], got: Se
     for index, (before, after) in enumerate(zip_longest(expected, got)):
         if _exact(before) != _exact(after):
             difference = Difference(request, 0, "prompt logprob", index, *_first_unequal(before, after))
-            return Comparison(logprobs=index, difference=difference)
-    return Comparison(logprobs=len(expected))
+            return Comparison(logprobs=_count(expected[:index]), difference=difference)
+    return Comparison(logprobs=_count(expected))
+
+
+def _count(positions: Sequence[PositionLogprobs]) -> int:
+    """The first prompt token has none."""
+    return sum(position.token is not None for position in positions)
 
 
 def _choice(request: str, expected: Choice, got: Choice) -> Comparison:
