@@ -18,7 +18,7 @@ from moestro.protos.sequences import Diagnostics
 NUM_PLACEMENTS = 3
 POLL_S = 0.1
 QUIET_S = 0.5
-SETTLE_S = 60.0  # a placement that is not reached by then is not waited for
+SETTLE_S = 30.0  # a placement that is not reached by then is not waited for
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,20 +33,25 @@ Perturbation = Callable[[Lab], Awaitable[Outcome]]
 
 
 async def again(lab: Lab) -> Outcome:
+    """As in the baseline: what differs here needs no perturbation."""
     return Outcome(await lab.one_by_one(lab.at(lab.places.home)))
 
 
 async def crowd(lab: Lab) -> Outcome:
+    """Within a moment of each other, on a cluster that is busy with other requests."""
     async with lab.crowd() as others:
         asked = await lab.scattered(lab.at(lab.places.home))
     return Outcome(asked, f"all at once, beside {len(others)} other requests")
 
 
 async def order(lab: Lab) -> Outcome:
+    """Together, so that each finds others beside it than in a crowd, and first come those that were last."""
     return Outcome(await lab.together(lab.at(lab.places.home), lab.cases[::-1]), "all at once, last one first")
 
 
 async def chunked(size: int, lab: Lab) -> Outcome:
+    """At most ``size`` tokens of each a step."""
+
     def disturb(_: Case) -> Diagnostics:
         return Diagnostics(rank=lab.places.home, max_chunk=size, trace=True)
 
@@ -54,6 +59,7 @@ async def chunked(size: int, lab: Lab) -> Outcome:
 
 
 async def preempted(lab: Lab) -> Outcome:
+    """Each loses its KV cache once, somewhere within its answer."""
     rng = lab.rng("preempted")
     at = {name: rng.randint(1, max(1, _num_output(answer) - 1)) for name, answer in lab.baseline.items()}
 
@@ -68,6 +74,7 @@ async def preempted(lab: Lab) -> Outcome:
 
 
 async def cached(lab: Lab) -> Outcome:
+    """Twice without prompt logprobs, so that prompts are looked for in the cache, and found the second time."""
     cases = [case.without_prompt_logprobs() for case in lab.cases]
     first = await lab.one_by_one(lab.at(lab.places.home), cases)
     asked = await lab.one_by_one(lab.at(lab.places.home), cases)
@@ -78,6 +85,7 @@ async def cached(lab: Lab) -> Outcome:
 
 
 async def other_rank(lab: Lab) -> Outcome:
+    """On every other rank of the group."""
     if not lab.places.others:
         raise NotApplicable("one rank")
     asked = [asked for rank in lab.places.others for asked in await lab.together(lab.at(rank))]
@@ -85,6 +93,7 @@ async def other_rank(lab: Lab) -> Outcome:
 
 
 async def other_group(lab: Lab) -> Outcome:
+    """On another copy of the model, each of them."""
     if not lab.places.elsewhere:
         raise NotApplicable("one group")
     asked = [asked for rank in lab.places.elsewhere for asked in await lab.together(lab.at(rank))]
