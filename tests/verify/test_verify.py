@@ -89,10 +89,10 @@ def test_a_tile_size_that_depends_on_the_batch_is_found_with_its_layer(checkpoin
 @needs_invariant_kernels
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_demo_is_equal_and_with_a_planted_fault_is_not(dtype: str) -> None:
-    names = "crowd", "order", "chunked by 1", "chunked by 7", "preempted", "cached"
-    honest = report_of(None, lambda model: model, names, num_requests=8, seed=3, dtype=dtype)
+    names = "crowd", "order", "chunked by 1", "preempted", "cached"
+    honest = report_of(None, lambda model: model, names, num_requests=5, seed=3, dtype=dtype)
     assert honest.is_equal, [row.compared for row in honest.rows]
-    faulty = report_of(None, partial(planted_in_kernel, in_layer=3), names[2:3], num_requests=8, seed=3, dtype=dtype)
+    faulty = report_of(None, partial(planted_in_kernel, in_layer=3), names[2:3], num_requests=5, seed=3, dtype=dtype)
     compared = faulty.rows[0].compared
     assert compared is not None
     assert compared.difference is not None
