@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from moestro.protos.errors import FieldViolation, InvalidRequest
 from moestro.protos.sequences import EngineLimits, SequenceDelta, SequenceRequest
+
+MAX_NAMED = 8  # ranks and groups named in a refusal
 
 
 class DeltaStream(Protocol):
@@ -34,5 +37,13 @@ class Backend(Protocol):
     def limits(self) -> EngineLimits: ...
 
     def start(self, sequences: Sequence[SequenceRequest]) -> DeltaStream:
-        """Starts the sequences of one request together, on one rank. Raises Overloaded or Unavailable, with nothing
-        started."""
+        """Starts the sequences of one request together, on one rank; on that of their diagnostics when these name one.
+        Raises Overloaded or Unavailable, or InvalidRequest for a rank that nobody knows, with nothing started."""
+
+
+def unknown_rank(name: str, known: Sequence[str]) -> InvalidRequest:
+    """The refusal of a request that is to be served by ``name``."""
+    shown = ", ".join(repr(each) for each in known[:MAX_NAMED])
+    more = f" and {len(known) - MAX_NAMED} more" if len(known) > MAX_NAMED else ""
+    described = f"must be one of {shown}{more}, is {name[:64]!r}"
+    return InvalidRequest([FieldViolation("diagnostics.rank", described)])

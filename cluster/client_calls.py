@@ -30,6 +30,7 @@ from moestro.protos.errors import FieldViolation, InvalidRequest, MoestroError, 
 from moestro.protos.experts import PlacementRequest
 from moestro.protos.experts_wire import encode_placement
 from moestro.protos.gen import inference_pb2 as pb
+from moestro.protos.sequences import Diagnostics
 
 T = TypeVar("T")
 
@@ -62,6 +63,7 @@ class Options(TypedDict, total=False):
     prompt_logprobs: int
     priority: int
     request_id: str
+    diagnostics: Diagnostics  # what verify uses; digests come in streams only
     timeout_s: float  # the deadline of the whole call, retries included; the client's own when left out
 
 
@@ -201,7 +203,7 @@ _PLACES: Mapping[str, tuple[str, str]] = {
     "stop": ("stop", "strings"),
     "stop_token_ids": ("stop", "token_ids"),
     **{name: ("output", name) for name in pb.OutputParams.DESCRIPTOR.fields_by_name},
-    **{name: ("", name) for name in ("model", "priority", "request_id")},
+    **{name: ("", name) for name in ("model", "priority", "request_id", "diagnostics")},
 }
 
 
@@ -220,12 +222,18 @@ def _fill(request: pb.GenerateRequest | pb.ChatRequest, options: Options) -> Non
 def _set(target: Message, name: str, value: object) -> None:
     if name == "strings" and isinstance(value, str):
         value = [value]
-    if isinstance(value, Mapping):
+    if isinstance(value, Diagnostics):
+        getattr(target, name).CopyFrom(_diagnostics(value))
+    elif isinstance(value, Mapping):
         getattr(target, name).update(value)
     elif isinstance(value, Sequence) and not isinstance(value, str):
         getattr(target, name).extend(value)
     else:
         setattr(target, name, value)
+
+
+def _diagnostics(value: Diagnostics) -> pb.Diagnostics:
+    return pb.Diagnostics(rank=value.rank, max_chunk=value.max_chunk, preempt_at=value.preempt_at, trace=value.trace)
 
 
 def _put(field: str, put: Callable[[], None], value: object) -> None:

@@ -47,6 +47,14 @@ class GroupEntry:
     def is_serving(self) -> bool:
         return bool(self.ranks) and all(rank.state is RankState.SERVING for rank in self.ranks)
 
+    def rank_name(self, number: int) -> str:
+        """What operators call a rank of this group."""
+        return f"{self.name} rank {number}"
+
+    def leader(self, number: int) -> RankEntry:
+        """Who talks to gateways for a rank: the first of its tensor-parallel set."""
+        return self.ranks[number - number % self.tp]
+
     @property
     def is_lost(self) -> bool:
         return any(rank.state is RankState.LOST for rank in self.ranks)

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Sequence
 
+from moestro.cluster.backend import unknown_rank
 from moestro.cluster.delta_streams import DeltaStreams, QueuedDeltas
 from moestro.protos import wire
 from moestro.protos.errors import Unavailable
@@ -16,10 +17,11 @@ from moestro.workers.rank_setup import BuiltRank
 
 
 class LocalBackend:
-    """Implements ``Backend`` over one rank. Create, use and close on one asyncio loop."""
+    """Implements ``Backend`` over one rank, called ``name``. Create, use and close on one asyncio loop."""
 
-    def __init__(self, rank: BuiltRank) -> None:
+    def __init__(self, rank: BuiltRank, name: str = "local") -> None:
         self._rank = rank
+        self._name = name
         self._events = asyncio.get_running_loop()
         self._streams = DeltaStreams("local", self._cancel)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -30,6 +32,9 @@ class LocalBackend:
         return self._rank.limits
 
     def start(self, sequences: Sequence[SequenceRequest]) -> QueuedDeltas:
+        wanted = sequences[0].diagnostics.rank
+        if wanted not in ("", self._name):
+            raise unknown_rank(wanted, [self._name])
         stream, renamed = self._streams.open(sequences)
         for sequence in renamed:
             self._rank.loop.submit(pb.AttachRequest(submit=wire.encode_request(sequence)).SerializeToString())

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from moestro.protos.gen import inference_pb2
 from moestro.protos.gen import rank_pb2 as pb
 from moestro.protos.sequences import (
+    Diagnostics,
     EngineLimits,
     EngineLoad,
     FinishReason,
+    PositionTrace,
     SamplingParams,
     SequenceDelta,
     SequenceLedger,
@@ -28,7 +31,8 @@ _FROM_FINISH = {number: reason for reason, number in _TO_FINISH.items()}
 
 
 def encode_request(request: SequenceRequest) -> pb.Sequence:
-    p = request.sampling
+    """Which rank is to serve it is not told: it is the one that reads this."""
+    p, diagnostics = request.sampling, request.diagnostics
     return pb.Sequence(
         sequence_id=request.sequence_id,
         prompt_ids=request.prompt_ids,
@@ -52,6 +56,9 @@ def encode_request(request: SequenceRequest) -> pb.Sequence:
             logprobs=p.logprobs,
             prompt_logprobs=p.prompt_logprobs,
         ),
+        max_chunk=diagnostics.max_chunk,
+        preempt_at=diagnostics.preempt_at,
+        trace=diagnostics.trace,
     )
 
 
@@ -80,6 +87,11 @@ def decode_request(message: pb.Sequence) -> SequenceRequest:
             logprobs=p.logprobs if p.HasField("logprobs") else None,
             prompt_logprobs=p.prompt_logprobs if p.HasField("prompt_logprobs") else None,
         ),
+        diagnostics=Diagnostics(
+            max_chunk=message.max_chunk,
+            preempt_at=message.preempt_at if message.HasField("preempt_at") else None,
+            trace=message.trace,
+        ),
     )
 
 
@@ -101,12 +113,14 @@ def encode_delta(delta: SequenceDelta) -> pb.Delta:
         message.ledger.num_cached_tokens = ledger.num_cached_tokens
         message.ledger.num_preemptions = ledger.num_preemptions
         message.ledger.num_steps = ledger.num_steps
+    if delta.trace:
+        message.trace.extend(encode_trace(delta.trace))
     return message
 
 
 def decode_delta(message: pb.Delta) -> SequenceDelta:
     token_ids = tuple(message.token_ids)
-    if not message.finish and not message.logprobs and not message.prompt_logprobs:
+    if not (message.finish or message.logprobs or message.prompt_logprobs or message.trace):
         return SequenceDelta(message.sequence_id, token_ids)  # nearly every delta: keep it cheap
     ledger = None
     if message.HasField("ledger"):
@@ -123,7 +137,16 @@ def decode_delta(message: pb.Delta) -> SequenceDelta:
         finish_reason=_FROM_FINISH[message.finish] if message.finish else None,
         error=message.error or None,
         ledger=ledger,
+        trace=decode_trace(message.trace),
     )
+
+
+def encode_trace(trace: Iterable[PositionTrace]) -> list[inference_pb2.PositionTrace]:
+    return [inference_pb2.PositionTrace(position=p.position, layers=p.layers) for p in trace]
+
+
+def decode_trace(messages: Iterable[inference_pb2.PositionTrace]) -> tuple[PositionTrace, ...]:
+    return tuple(PositionTrace(m.position, tuple(m.layers)) for m in messages)
 
 
 def _encode_logprobs(entries: Iterable[TokenLogprobs | None]) -> list[pb.Logprobs]:

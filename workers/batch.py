@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from moestro.workers.hidden_trace import HiddenTrace
+
 
 @dataclass(frozen=True, slots=True)
 class CacheTables:
@@ -33,6 +35,7 @@ class Batch:
     tables_G: tuple[CacheTables, ...]
     logit_rows_R: Tensor  # int64 indices into T
     num_tokens_N: tuple[int, ...]  # tokens of this step on every rank of the group
+    trace: HiddenTrace | None = None  # takes the hidden states in, when somebody asked
 
     @property
     def num_tokens(self) -> int:

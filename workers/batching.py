@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from moestro.workers.batch import Batch, CacheTables
+from moestro.workers.hidden_trace import HiddenTrace
 from moestro.workers.scheduler_sequence import Span, StepPlan
 
 
@@ -65,8 +66,17 @@ def build_batch(
         tables_G=tuple(tables),
         logit_rows_R=_to(np.concatenate(row_parts), device),
         num_tokens_N=num_tokens_N,
+        trace=_trace(spans, end_S1, device),
     )
     return batch, LogitRows(tuple(spans[i] for i in samples), tuple((spans[i], count) for i, count in prompts))
+
+
+def _trace(
+    spans: tuple[Span, ...], end_S1: np.ndarray[tuple[int], np.dtype[np.int64]], device: torch.device
+) -> HiddenTrace | None:
+    """For the rows of the spans of sequences that are traced, span after span; None when there are none."""
+    traced = [np.arange(end_S1[i], end_S1[i + 1]) for i, span in enumerate(spans) if span.sequence.is_traced]
+    return HiddenTrace(_to(np.concatenate(traced), device)) if traced else None
 
 
 def _table(rows: list[list[int]]) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from moestro.protos.errors import InvalidRequest, Overloaded
-from moestro.protos.sequences import EngineLimits, EngineLoad, SequenceDelta, SequenceRequest
+from moestro.protos.sequences import EngineLimits, EngineLoad, PositionTrace, SequenceDelta, SequenceRequest
 from moestro.workers.runner import Runner
 from moestro.workers.scheduler import Scheduler
 from moestro.workers.scheduler_sequence import StepPlan
@@ -40,7 +40,8 @@ class Engine:
         """Computes a plan and applies what was drawn. Collective in a group: every rank runs its plan, an empty one
         too, and knows how many tokens each has planned. The clock is read when the result is there."""
         result = self.runner.run(plan, num_tokens_N)
-        return self.scheduler.apply(plan, result.sampled, clock(), result.prompt_logprobs)
+        deltas = self.scheduler.apply(plan, result.sampled, clock(), result.prompt_logprobs)
+        return _with_traces(deltas, result.traces) if result.traces else deltas
 
     def skip(self, plan: StepPlan, now: float) -> list[SequenceDelta]:
         """Applies a plan without spans without computing anything: what was cancelled is reported."""
@@ -57,3 +58,10 @@ class Engine:
 
     def load(self) -> EngineLoad:
         return self.scheduler.load()
+
+
+def _with_traces(deltas: list[SequenceDelta], traces: Mapping[str, tuple[PositionTrace, ...]]) -> list[SequenceDelta]:
+    """The traces with the deltas of their sequences. A chunk that gave no token has none; one is made for it."""
+    silent = traces.keys() - {delta.sequence_id for delta in deltas}
+    told = [replace(delta, trace=traces.get(delta.sequence_id, ())) for delta in deltas]
+    return [*(SequenceDelta(name, trace=trace) for name, trace in traces.items() if name in silent), *told]

@@ -11,9 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moestro.protos.sequences import SampledToken, TokenLogprobs
+from moestro.protos.sequences import PositionTrace, SampledToken, TokenLogprobs
 from moestro.workers.batch import Batch
 from moestro.workers.batching import LogitRows, build_batch
+from moestro.workers.hidden_trace import HiddenTrace
 from moestro.workers.kv_cache import KVCache
 from moestro.workers.sampling.logprobs import prompt_logprobs
 from moestro.workers.sampling.sampler import SamplingRow, sample
@@ -24,7 +25,8 @@ class Model(Protocol):
     """What the runner needs of a model."""
 
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
-        """fp32 logits [R, V] of ``batch.logit_rows_R``. Collective in a group, with zero tokens too."""
+        """fp32 logits [R, V] of ``batch.logit_rows_R``; shows every layer's result to ``batch.trace``, if there is one.
+        Collective in a group, with zero tokens too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,7 @@ class StepResult:
 
     sampled: dict[str, SampledToken] = field(default_factory=dict)
     prompt_logprobs: dict[str, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
+    traces: dict[str, tuple[PositionTrace, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ class Runner:
         """Computes a plan. ``num_tokens_N`` is what every rank of the group has planned for this step."""
         batch, rows = build_batch(plan, num_tokens_N, self.cache.block_size, self.device)
         logits_RV = self.model.forward(batch, self.cache)
-        return StepResult(_draw(logits_RV, rows), _prompt_logprobs(logits_RV, rows))
+        return StepResult(_draw(logits_RV, rows), _prompt_logprobs(logits_RV, rows), _traces(plan, batch.trace))
 
 
 def _draw(logits_RV: Tensor, rows: LogitRows) -> dict[str, SampledToken]:
@@ -68,3 +71,14 @@ def _prompt_logprobs(logits_RV: Tensor, rows: LogitRows) -> dict[str, tuple[Toke
         found[sequence.sequence_id] = prompt_logprobs(logits_RV[first : first + count], next_ids, wanted)
         first += count
     return found
+
+
+def _traces(plan: StepPlan, trace: HiddenTrace | None) -> dict[str, tuple[PositionTrace, ...]]:
+    if trace is None:
+        return {}
+    rows = iter(trace.digests())
+    return {
+        sequence.sequence_id: tuple(PositionTrace(start + i, next(rows)) for i in range(length))
+        for sequence, start, length, _ in plan.spans
+        if sequence.is_traced
+    }

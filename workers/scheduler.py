@@ -62,6 +62,7 @@ class Scheduler:
         self._running: list[SequenceState] = []  # in the order of service; all of them are in every plan
         self._by_id: dict[str, SequenceState] = {}
         self._cancelled: list[SequenceState] = []  # gone, their last delta not yet handed out
+        self._to_preempt: list[SequenceState] = []  # those that asked for it and have not had it
         self._in_flight: StepPlan | None = None
         self._spare = 0  # tokens of the step being planned that are owed to nobody
         self._num_arrivals = 0
@@ -90,6 +91,8 @@ class Scheduler:
         self._num_arrivals += 1
         self._by_id[sequence.sequence_id] = sequence
         insort(self._waiting, sequence, key=_BY_KEY)
+        if sequence.preempt_at is not None:
+            self._to_preempt.append(sequence)
 
     def cancel(self, sequence_id: str) -> bool:
         """Ends a sequence; False if there is none of that name. Legal at any time. Blocks are freed at once, or in the
@@ -209,6 +212,8 @@ class Scheduler:
                 self._tables.trim(sequence)
         if len(self._by_id) < num_known:
             self._running = [sequence for sequence in self._running if sequence.sequence_id in self._by_id]
+        if self._to_preempt:
+            self._preempt_on_demand()
         return deltas
 
     def abandon(self, plan: StepPlan) -> None:
@@ -257,7 +262,7 @@ class Scheduler:
         """Plans what the budget and the pools allow of the sequence at ``index``, or preempts it."""
         sequence = self._running[index]
         start, known = sequence.num_computed, len(sequence.token_ids)
-        end = min(known, start + 1 + self._spare)
+        end = min(known, start + min(1 + self._spare, sequence.max_chunk))
         if end > sequence.capacity:
             # A shorter chunk costs nobody anything; the blocks of others are taken only to advance at all.
             while (reachable := self._tables.reachable(sequence)) <= start:
@@ -318,12 +323,33 @@ class Scheduler:
     def _preempt_last(self) -> None:
         """The last running sequence gives back its blocks and its token of this step, keeps all its tokens, and waits
         at its place in the order of service."""
-        sequence = self._running.pop()
-        self._leave(sequence)
+        self._preempt(self._running.pop())
         self._spare += 1
+
+    def _preempt(self, sequence: SequenceState) -> None:
+        """A sequence that has just left the running ones waits again, with nothing computed."""
+        self._leave(sequence)
         sequence.num_preemptions += 1
         sequence.prompt_logprobs = [None]
         insort(self._waiting, sequence, key=_BY_KEY)
+
+    def _preempt_on_demand(self) -> None:
+        """Preempts those whose diagnostics ask for it now: once, and to compute everything anew. Others that came later
+        run on, so it goes behind them in the order of service."""
+        waiting_for_it = []
+        for sequence in self._to_preempt:
+            assert sequence.preempt_at is not None
+            if self._by_id.get(sequence.sequence_id) is not sequence or sequence.num_output > sequence.preempt_at:
+                continue
+            if sequence.num_computed == 0 or sequence.num_output < sequence.preempt_at:
+                waiting_for_it.append(sequence)
+                continue
+            sequence.recomputes = True
+            self._running.remove(sequence)
+            sequence.key = (sequence.priority, self._num_arrivals)
+            self._num_arrivals += 1
+            self._preempt(sequence)
+        self._to_preempt = waiting_for_it
 
     def _land(self, plan: StepPlan) -> None:
         if plan is not self._in_flight:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from moestro.protos.sequences import FinishReason, SamplingParams, SequenceLedger, SequenceRequest, TokenLogprobs
 
+NO_LIMIT = 2**62  # tokens
+
 
 @lru_cache(maxsize=64)
 def _end_ids(*token_ids: tuple[int, ...]) -> frozenset[int]:
@@ -20,7 +22,7 @@ class SequenceState:
     """Known tokens and one integer, ``num_computed``: how many of them have their keys and values in the cache.
 
     Owned by the scheduler, which writes only inside ``plan`` and ``apply``. The runner reads ``token_ids``,
-    ``sampling``, ``num_prompt`` and ``block_tables`` between the two, and writes nothing.
+    ``sampling``, ``num_prompt``, ``is_traced`` and ``block_tables`` between the two, and writes nothing.
     """
 
     __slots__ = (
@@ -32,8 +34,10 @@ class SequenceState:
         "first_live",
         "first_output_at",
         "is_cancelled",
+        "is_traced",
         "key",
         "last_output_at",
+        "max_chunk",
         "max_known",
         "num_cached",
         "num_computed",
@@ -41,8 +45,10 @@ class SequenceState:
         "num_prompt",
         "num_published",
         "num_steps",
+        "preempt_at",
         "priority",
         "prompt_logprobs",
+        "recomputes",
         "sampling",
         "sequence_id",
         "started_at",
@@ -61,6 +67,11 @@ class SequenceState:
         self.end_ids = _end_ids(sampling.stop_token_ids, () if sampling.ignore_eos else sampling.eos_token_ids)
         self.num_computed = 0
         self.is_cancelled = False
+        # Diagnostics.
+        self.max_chunk = request.diagnostics.max_chunk or NO_LIMIT
+        self.preempt_at = request.diagnostics.preempt_at
+        self.is_traced = request.diagnostics.trace
+        self.recomputes = False  # looks for no prefix: it would find what it wrote itself
         # Blocks. Written by scheduler_tables alone.
         self.block_tables: tuple[list[int], ...] = tuple([] for _ in range(num_groups))
         self.first_live = [0] * num_groups  # per group: table entries before it are null, behind the window

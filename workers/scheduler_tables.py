@@ -36,8 +36,9 @@ class TableManager:
 
     def find_prefix(self, sequence: SequenceState) -> int:
         """Full blocks at the start of the sequence that every group has. The last known token is never among them: its
-        logits are wanted. Neither is any of a sequence whose prompt's log probabilities are wanted."""
-        if not self.is_sharing or sequence.wants_prompt_logprobs:
+        logits are wanted. Neither is any of a sequence whose prompt's log probabilities are wanted, or that is to
+        compute anew what it may have written itself."""
+        if not self.is_sharing or sequence.wants_prompt_logprobs or sequence.recomputes:
             return 0
         most = (len(sequence.token_ids) - 1) // self._block_size
         found = 0

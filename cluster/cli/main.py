@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from moestro import __version__
-from moestro.cluster.cli import bench, config, experts, generate, serve, status
+from moestro.cluster.cli import bench, config, experts, generate, serve, status, verify
 from moestro.protos.errors import MoestroError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command()(generate.chat)
 app.command()(status.status)
 app.add_typer(experts.app, name="experts")
 app.command()(bench.bench)
+app.command()(verify.verify)
 app.command()(config.config)
 
 

@@ -146,7 +146,9 @@ class RequestCore:
     async def complete(
         self, request: pb.GenerateRequest | pb.ChatRequest, timeout_s: float | None = None
     ) -> Completion:
-        """Admits and gathers the whole answer."""
+        """Admits and gathers the whole answer. Raises as ``open`` does."""
+        if request.diagnostics.trace:
+            raise InvalidRequest([FieldViolation("diagnostics.trace", "must be false: only a stream reports digests")])
         with await self.open(request, timeout_s) as stream:
             return gather([event async for event in stream])
 
@@ -246,4 +248,5 @@ def _settle(valid: ValidRequest, request_id: str, model: ServedModel, prompt_ids
         seed=seed,
         stop_strings=valid.stop_strings,
         priority=valid.priority,
+        diagnostics=valid.diagnostics,
     )

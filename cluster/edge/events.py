@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from moestro.protos.sequences import FinishReason
+from moestro.protos.sequences import FinishReason, PositionTrace
 
 
 class TokenLogprob(NamedTuple):
@@ -48,6 +48,7 @@ class ChoiceDelta:
     logprobs: tuple[PositionLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     stop_string: str | None = None
+    trace: tuple[PositionTrace, ...] = ()  # of the positions computed, when asked for
 
 
 class StreamEvent(NamedTuple):
@@ -77,6 +78,7 @@ class Choice:
     finish_reason: FinishReason
     logprobs: tuple[PositionLogprobs, ...] = ()
     stop_string: str | None = None
+    trace: tuple[PositionTrace, ...] = ()  # in the order computed, when asked for; only when gathered from a stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,4 +134,5 @@ def _join(deltas: list[ChoiceDelta]) -> Choice:
         finish_reason=last.finish_reason,
         logprobs=tuple(position for delta in deltas for position in delta.logprobs),
         stop_string=last.stop_string,
+        trace=tuple(position for delta in deltas for position in delta.trace),
     )

@@ -14,6 +14,7 @@ from moestro.cluster.edge.events import ChoiceDelta, PositionLogprobs, StreamEve
 from moestro.cluster.edge.served import OpenText, TextModel, TextStream
 from moestro.protos.errors import SequenceFailed, Unavailable
 from moestro.protos.sequences import (
+    Diagnostics,
     FinishReason,
     SamplingParams,
     SequenceDelta,
@@ -36,6 +37,7 @@ class Admitted:
     seed: int  # of the request; each choice's own is derived from it
     stop_strings: tuple[str, ...] = ()
     priority: int = 0
+    diagnostics: Diagnostics = field(default_factory=Diagnostics)
 
 
 @dataclass(slots=True)
@@ -82,7 +84,14 @@ class Journal:
         """What an engine must run from here: every choice that has not ended, with the tokens accepted so far."""
         admitted = self.admitted
         return [
-            SequenceRequest(c.sequence_id, admitted.prompt_ids, params, tuple(c.output_ids), admitted.priority)
+            SequenceRequest(
+                sequence_id=c.sequence_id,
+                prompt_ids=admitted.prompt_ids,
+                sampling=params,
+                output_ids=tuple(c.output_ids),
+                priority=admitted.priority,
+                diagnostics=admitted.diagnostics,
+            )
             for c, params in zip(self.choices, admitted.sampling, strict=True)
             if c.finish_reason is None
         ]
@@ -134,7 +143,7 @@ class Journal:
             choice.finish_reason, choice.ledger = reason, delta.ledger
             self._num_open -= 1
         logprobs = tuple(map(self._position, delta.logprobs[: len(token_ids)])) if delta.logprobs else ()
-        return ChoiceDelta(index, text, token_ids, logprobs, reason, stop_string)
+        return ChoiceDelta(index, text, token_ids, logprobs, reason, stop_string, delta.trace)
 
     def _event(
         self, deltas: tuple[ChoiceDelta, ...], prompt_logprobs: tuple[PositionLogprobs, ...] | None
@@ -190,4 +199,5 @@ def _merge(first: ChoiceDelta, second: ChoiceDelta) -> ChoiceDelta:
         first.logprobs + second.logprobs,
         second.finish_reason,
         second.stop_string,
+        first.trace + second.trace,
     )

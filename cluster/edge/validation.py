@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from moestro.cluster.edge.served import EdgeLimits, GenerationDefaults
 from moestro.protos.errors import ContextOverflow, FieldViolation, InvalidRequest
 from moestro.protos.gen import inference_pb2 as pb
-from moestro.protos.sequences import EngineLimits, SamplingParams
+from moestro.protos.sequences import Diagnostics, EngineLimits, SamplingParams
 
 MAX_NAMED = 2  # violations named of one repeated field; a status must fit into HTTP/2 trailers of 8 KiB
 _REQUEST_ID = re.compile(r"[\x21-\x7e]*")
@@ -33,6 +33,7 @@ class ValidRequest:
     seed: int | None  # None: to be drawn
     priority: int
     request_id: str  # empty: to be made
+    diagnostics: Diagnostics  # whether its rank exists, the backend knows
 
 
 def validate_generate(
@@ -119,6 +120,9 @@ def _validate(
         violations.append(FieldViolation("request_id", described))
     elif not _REQUEST_ID.fullmatch(request.request_id):
         violations.append(FieldViolation("request_id", "must be printable ASCII without spaces"))
+    diagnostics = request.diagnostics
+    violations += _range("diagnostics.max_chunk", diagnostics.max_chunk, 0, engine.max_context)
+    violations += _range("diagnostics.preempt_at", diagnostics.preempt_at, 0, engine.max_context)
     if violations:
         raise InvalidRequest(violations)
     return ValidRequest(
@@ -131,6 +135,12 @@ def _validate(
         seed=sampling.seed if sampling.HasField("seed") else None,
         priority=request.priority,
         request_id=request.request_id,
+        diagnostics=Diagnostics(
+            rank=diagnostics.rank,
+            max_chunk=diagnostics.max_chunk,
+            preempt_at=diagnostics.preempt_at if diagnostics.HasField("preempt_at") else None,
+            trace=diagnostics.trace,
+        ),
     )
 
 

@@ -15,6 +15,7 @@ from moestro.cluster.edge.events import (
 )
 from moestro.protos.gen import inference_pb2 as pb
 from moestro.protos.sequences import FinishReason
+from moestro.protos.wire import decode_trace, encode_trace
 
 FINISH_TO_PROTO = {
     None: pb.FINISH_REASON_UNSPECIFIED,
@@ -33,7 +34,10 @@ def encode_event(event: StreamEvent) -> bytes:
     target.request_id = event.request_id
     target.sequence_number = event.sequence_number
     for delta in event.deltas:
-        _fill_delta(target.deltas.add(), delta)
+        part = target.deltas.add()
+        _fill_delta(part, delta)
+        if delta.trace:
+            part.trace.extend(encode_trace(delta.trace))
     if event.seed is not None:
         target.model, target.seed = event.model, event.seed
     if event.usage is not None:
@@ -56,6 +60,7 @@ def decode_event(message: pb.StreamEvent) -> StreamEvent:
                 logprobs=_decode_logprobs(delta.logprobs),
                 finish_reason=FINISH_FROM_PROTO[delta.finish_reason],
                 stop_string=delta.stop_string if delta.HasField("stop_string") else None,
+                trace=decode_trace(delta.trace),
             )
             for delta in message.deltas
         ),

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Iterable, Sequence
 
+from moestro.cluster.backend import unknown_rank
 from moestro.cluster.delta_streams import QueuedDeltas
 from moestro.cluster.directory import GroupEntry
 from moestro.cluster.ranks.link import RankLink
@@ -24,6 +25,16 @@ def least_loaded(open_sequences: Sequence[int], waiting: Sequence[int], turn: in
     return min(range(count), key=lambda i: (open_sequences[i] + waiting[i], (i - turn) % count))
 
 
+def places(groups: Iterable[GroupEntry]) -> dict[str, tuple[str, ...]]:
+    """The addresses of every group and rank by name: a tensor-parallel peer is served through its leader."""
+    found = {}
+    for group in groups:
+        found[group.name] = tuple(rank.address for rank in group.ranks if rank.address)
+        for number in range(len(group.ranks)):
+            found[group.rank_name(number)] = (group.leader(number).address,)
+    return found
+
+
 class ClusterBackend:
     """Implements ``Backend`` over rank links. All methods on one asyncio loop."""
 
@@ -32,6 +43,7 @@ class ClusterBackend:
         self._secret = secret
         self._wanted: dict[str, int] = {}  # address -> epoch
         self._links: dict[str, RankLink] = {}
+        self._places: dict[str, tuple[str, ...]] = {}  # name of a group or rank -> addresses
         self._connecting: dict[str, asyncio.Task[None]] = {}
         self._leaving: set[asyncio.Task[None]] = set()
         self._limits: EngineLimits | None = None
@@ -45,9 +57,7 @@ class ClusterBackend:
         return self._limits
 
     def start(self, sequences: Sequence[SequenceRequest]) -> QueuedDeltas:
-        links = list(self._links.values())
-        if not links:
-            raise Unavailable("no rank is serving now")
+        links = self._links_of(sequences[0].diagnostics.rank)
         self._turn += 1
         index = least_loaded([x.num_open for x in links], [x.load.num_waiting for x in links], self._turn % len(links))
         return links[index].start(sequences)
@@ -63,6 +73,8 @@ class ClusterBackend:
     def update(self, groups: Iterable[GroupEntry]) -> None:
         """Takes a new picture of the cluster: attaches to ranks that are new. One that is gone gets no more requests;
         those it has may end there, or be told when its connection breaks."""
+        groups = tuple(groups)
+        self._places = places(groups)
         wanted = {r.address: g.epoch for g in groups if g.is_serving for r in g.ranks if r.address}
         self._wanted = wanted
         for address in self._links.keys() - wanted.keys():
@@ -87,6 +99,19 @@ class ClusterBackend:
             task.cancel()
         for link in list(self._links.values()):
             await link.close()
+
+    def _links_of(self, place: str) -> list[RankLink]:
+        """Those that may take a request: every one, or those of a rank or group."""
+        if not place:
+            links, described = list(self._links.values()), "no rank"
+        elif place in self._places:
+            links = [self._links[address] for address in self._places[place] if address in self._links]
+            described = f"no rank of {place!r}"
+        else:
+            raise unknown_rank(place, list(self._places))
+        if not links:
+            raise Unavailable(f"{described} is serving now")
+        return links
 
     async def _connect(self, address: str) -> None:
         try:

@@ -27,16 +27,20 @@ def options_of(command: str) -> set[str]:
 
 def test_commands_and_options_are_these() -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    assert set(commands) == {"serve", "generate", "chat", "status", "experts", "bench", "config", "version"}
+    expected = {"serve", "generate", "chat", "status", "experts", "bench", "verify", "config", "version"}
+    assert set(commands) == expected
     assert options_of("serve") == SERVE_OPTIONS
     assert options_of("generate") == GENERATE_OPTIONS
     assert options_of("chat") == GENERATE_OPTIONS - {"prompt"} | {"--system"}
     assert options_of("experts") == {"--address", "--group", "--layer", "--decisions", "--json", "--png"}
     assert options_of("status") == {"--address", "--json"}
+    assert options_of("verify") == {
+        "--address", "--model", "--requests", "--seed", "--perturbation", "--timeout", "--json",
+    }  # fmt: skip
 
 
 def test_every_option_has_a_help_text() -> None:
-    for name in ("serve", "generate", "chat", "status", "experts", "config"):
+    for name in ("serve", "generate", "chat", "status", "experts", "verify", "config"):
         command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
         assert command.help, name
         for parameter in command.params:

@@ -101,6 +101,14 @@ CASES: dict[str, tuple[pb.GenerateRequest, dict[str, str]]] = {
     ),
     "logprobs of 21": (request(output=pb.OutputParams(logprobs=21)), {"output.logprobs": "[0, 20], is 21"}),
     "priority": (request(priority=101), {"priority": "[-100, 100], is 101"}),
+    "max_chunk beyond the context": (
+        request(diagnostics=pb.Diagnostics(max_chunk=2**32 - 1)),
+        {"diagnostics.max_chunk": f"[0, {CONTEXT}], is {2**32 - 1}"},
+    ),
+    "preempt_at beyond the context": (
+        request(diagnostics=pb.Diagnostics(preempt_at=CONTEXT + 1)),
+        {"diagnostics.preempt_at": f"[0, {CONTEXT}], is {CONTEXT + 1}"},
+    ),
     "request id with a line break": (request(request_id="a\nb"), {"request_id": "printable ASCII"}),
     "long request id": (request(request_id="a" * 129), {"request_id": "at most 128 characters, is 129"}),
     "many at once": (

@@ -6,9 +6,11 @@ from hypothesis import strategies as st
 from moestro.protos import wire
 from moestro.protos.gen import rank_pb2 as pb
 from moestro.protos.sequences import (
+    Diagnostics,
     EngineLimits,
     EngineLoad,
     FinishReason,
+    PositionTrace,
     SamplingParams,
     SequenceDelta,
     SequenceLedger,
@@ -47,17 +49,23 @@ requests = st.builds(
     sampling=sampling,
     output_ids=id_tuples,
     priority=st.integers(-100, 100),
+    diagnostics=st.builds(
+        Diagnostics, rank=st.just(""), max_chunk=ids, preempt_at=st.none() | ids, trace=st.booleans()
+    ),
 )
 logprobs = st.builds(
     TokenLogprobs, token_id=ids, logprob=floats, top=st.lists(st.tuples(ids, floats), max_size=3).map(tuple)
 )
 counts = st.integers(0, 2**32 - 1)
 ledgers = st.builds(SequenceLedger, floats, floats, floats, counts, counts, counts)
+digests = st.integers(0, 2**64 - 1)
+traces = st.lists(st.builds(PositionTrace, ids, st.lists(digests, max_size=3).map(tuple)), max_size=3).map(tuple)
 deltas = st.builds(
     SequenceDelta,
     sequence_id=st.text(max_size=8),
     token_ids=id_tuples,
     logprobs=st.lists(logprobs, max_size=3).map(tuple),
+    trace=traces,
 )
 last_deltas = st.builds(
     SequenceDelta,
@@ -68,6 +76,7 @@ last_deltas = st.builds(
     finish_reason=st.sampled_from(FinishReason),
     error=st.none() | st.text(min_size=1, max_size=5),
     ledger=st.none() | ledgers,
+    trace=traces,
 )
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from moestro.protos.errors import InvalidRequest, Overloaded
 from moestro.protos.sequences import (
+    Diagnostics,
     FinishReason,
     SampledToken,
     SamplingParams,
@@ -131,6 +132,9 @@ class Life:
         assert all(length == 1 for length in lengths[: plan.num_decodes])
         assert all(length > 1 for length in lengths[plan.num_decodes :])
         assert len({span.sequence.sequence_id for span in plan.spans}) == len(lengths)
+        for span in plan.spans:
+            most = self.requests[span.sequence.sequence_id].diagnostics.max_chunk
+            assert not most or span.length <= most
 
     def finish(self, plan: StepPlan, failing: frozenset[str] = frozenset()) -> None:
         frozen = [(span, list(span.sequence.token_ids), repr(span.sequence.block_tables)) for span in plan.spans]
@@ -180,6 +184,15 @@ class Life:
         else:
             assert joined[0] is None
 
+    def check_preempted(self, name: str) -> None:
+        """An undisturbed sequence that asked to be preempted was, if it had that many output tokens and then more."""
+        request, ledger = self.requests[name], self.deltas[name][-1].ledger
+        num_output = len(request.output_ids) + sum(len(delta.token_ids) for delta in self.deltas[name])
+        preempt_at = request.diagnostics.preempt_at
+        if preempt_at is not None and len(request.output_ids) < preempt_at < num_output:
+            assert ledger is not None
+            assert ledger.num_preemptions >= 1
+
     def check_ended(self, name: str, reason: FinishReason) -> None:
         """A disturbed sequence said a beginning of what it would have said, and ended once."""
         tokens, _ = expected_output(self.requests[name], self.scheduler.context_limit)
@@ -224,6 +237,13 @@ def random_request(rng: random.Random, name: str, stems: list[tuple[int, ...]]) 
     return request
 
 
+def with_diagnostics(rng: random.Random, request: SequenceRequest) -> SequenceRequest:
+    diagnostics = Diagnostics(
+        max_chunk=rng.choice([0, 0, 1, 2, 7]), preempt_at=rng.choice([None, None, *range(6)]), trace=rng.random() < 0.5
+    )
+    return replace(request, diagnostics=diagnostics)
+
+
 def random_stems(rng: random.Random) -> list[tuple[int, ...]]:
     return [tuple(rng.choices(range(VOCABULARY), k=rng.randint(1, 40))) for _ in range(3)]
 
@@ -250,7 +270,7 @@ def test_any_life(seed: int) -> None:
     for number in range(200):
         for _ in range(rng.choice([0, 0, 1, 2])):
             if number < 60:
-                life.add(random_request(rng, f"s{number}.{rng.random()}", stems))
+                life.add(with_diagnostics(rng, random_request(rng, f"s{number}.{rng.random()}", stems)))
         disturb()
         plan = life.plan()
         disturb()
@@ -268,6 +288,7 @@ def test_any_life(seed: int) -> None:
             life.check_ended(name, disturbed[name])
         else:
             life.check_deltas(name)
+            life.check_preempted(name)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -280,7 +301,7 @@ def test_tokens_do_not_depend_on_budget_pool_or_policy(seed: int) -> None:
         config = random_config(rng, max_context=40, max_waiting=100)
         config = replace(config, groups=tuple(replace(g, num_blocks=g.num_blocks + 40) for g in config.groups))
         life = Life(config)
-        taken = [request.sequence_id for request in requests if life.add(request)]
+        taken = [request.sequence_id for request in requests if life.add(with_diagnostics(rng, request))]
         life.run()
         for name in taken:
             life.check_deltas(name)

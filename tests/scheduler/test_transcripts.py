@@ -25,6 +25,7 @@ import pytest
 
 from moestro.protos.errors import MoestroError
 from moestro.protos.sequences import (
+    Diagnostics,
     SampledToken,
     SamplingParams,
     SequenceDelta,
@@ -85,7 +86,12 @@ class Driver:
             prompt_logprobs=0 if "prompt_logprobs" in positional else None,
         )
         prompt, output = parse_ids(options["prompt"]), parse_ids(options.get("output", ""))
-        request = SequenceRequest(positional[0], prompt, sampling, output, int(options.get("priority", 0)))
+        diagnostics = Diagnostics(
+            max_chunk=int(options.get("max_chunk", 0)),
+            preempt_at=int(options["preempt_at"]) if "preempt_at" in options else None,
+        )
+        priority = int(options.get("priority", 0))
+        request = SequenceRequest(positional[0], prompt, sampling, output, priority, diagnostics)
         try:
             self.scheduler.add(request, self.now)
         except MoestroError as error:

@@ -72,6 +72,8 @@ class Decoder:
             x_TM = x_TM + layer.attention.forward(h_TM, cos_T1D, sin_T1D, plans_G[layer.group], kv_NCbD)
             h_TM = rms_norm(x_TM, layer.mlp_norm_M, layer.eps)
             x_TM = x_TM + layer.mlp.forward(h_TM, routed_N)
+            if batch.trace is not None:
+                batch.trace.take(x_TM)
         x_RM = rms_norm(x_TM.index_select(0, batch.logit_rows_R), self.norm_M, self.config.norm_eps)
         return self.head.forward(x_RM)
 

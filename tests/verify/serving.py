@@ -1,0 +1,47 @@
+"""A real gRPC server in this process over one engine, to be verified like a cluster."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from moestro.cluster.config import load_config
+from moestro.cluster.edge.core import RequestCore
+from moestro.cluster.edge.grpc_server import GrpcOptions, GrpcServer
+from moestro.cluster.gateway import edge_limits, served_model
+from moestro.cluster.local_backend import LocalBackend
+from moestro.cluster.serving.rank_spec import rank_spec
+from moestro.protos.gen import inference_pb2 as pb
+from moestro.workers.rank_setup import build_rank
+from moestro.workers.runner import Model
+
+Change = Callable[[Model], Model]
+
+
+async def status() -> pb.GetClusterStatusResponse:
+    rank = pb.Rank(name="local", state=pb.RANK_STATE_SERVING)
+    return pb.GetClusterStatusResponse(groups=[pb.Group(name="only", dp=1, tp=1, ranks=[rank])])
+
+
+@contextlib.asynccontextmanager
+async def serving(model: Path | None, dtype: str, change: Change = lambda model: model) -> AsyncIterator[str]:
+    """The address of a server of ``model`` (None: the bundled demo), or of what ``change`` makes of it."""
+    torch.set_num_threads(1)
+    config = load_config(None, {"cluster": {"dp": 1}, "model": {"path": model, "dtype": dtype}})
+    rank = build_rank(rank_spec(config))
+    engine = rank.loop._engine
+    rank.loop._engine = replace(engine, runner=replace(engine.runner, model=change(engine.runner.model)))
+    backend = LocalBackend(rank)
+    core = RequestCore([served_model(config, backend)], edge_limits(config))
+    server = GrpcServer(core, status, "test", GrpcOptions(host="127.0.0.1", port=0))
+    port = await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop(0)
+        core.close()
+        await backend.close()
