@@ -51,7 +51,7 @@ def checkpoint(folder: Path, seed: int = 0, *, hidden: int = 512, width: int = 1
         embedding.normal_()
         embedding += _STRENGTH * directions.repeat_interleave(VOCABULARY // NUM_THEMES, 0)
         for layer in model.model.layers:
-            # The theme picks the quarter, everything else about a token the experts within it: the random part of a gate
+            # The theme picks the quarter, the rest of a token the experts within it: the random part of a gate
             # does not see themes, or all tokens of one would pick the same two.
             gate = layer.mlp.gate.weight
             gate.normal_(std=hidden**-0.5)
