@@ -20,7 +20,7 @@ TEXTS = (
 )
 """Natural prompts, of which beginnings are used; tokenised by the server."""
 
-MAX_PROMPT = 160  # tokens; several blocks, and short enough to be computed token by token in seconds
+MAX_PROMPT = 400  # tokens; more than one chunk of attention, and computed token by token in seconds
 MAX_OUTPUT = 24
 
 
@@ -57,7 +57,7 @@ _KINDS: tuple[tuple[str, Options], ...] = (
 
 def build_suite(model: ModelInfo, texts: Sequence[Sequence[int]], count: int, seed: int) -> tuple[Case, ...]:
     """``count`` requests, ``texts`` being TEXTS as token ids. Prompts begin with one of a few stems, so many share
-    prefixes; their lengths are spread evenly over the orders of magnitude."""
+    prefixes; their lengths are spread evenly over the orders of magnitude, and every eighth is as long as can be."""
     rng = random.Random(f"verify {seed}")
     longest = max(1, min(MAX_PROMPT, model.max_context // 2))
     stems = [list(text) for text in texts if text] + [_random_ids(rng, model, longest) for _ in range(2)]
@@ -67,7 +67,7 @@ def build_suite(model: ModelInfo, texts: Sequence[Sequence[int]], count: int, se
         chats = kind == "chat"
         if chats and not model.has_chat_template:
             kind = "top-p"
-        length = round(math.exp(rng.uniform(0.0, math.log(longest))))
+        length = longest if number % len(_KINDS) == 0 else round(math.exp(rng.uniform(0.0, math.log(longest))))
         stem = rng.choice(stems)[:length]
         ids = (*stem, *_random_ids(rng, model, length - len(stem)))
         said = rng.choice(TEXTS)

@@ -15,4 +15,5 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     folder = write(tmp_path_factory.mktemp("verify") / "tiny", "byte_level")
     vocab_size = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
-    return save_model(make_model("qwen3_moe", seed=3, vocab_size=vocab_size, num_hidden_layers=5), folder)
+    options = {"seed": 3, "vocab_size": vocab_size, "num_hidden_layers": 5, "max_position_embeddings": 128}
+    return save_model(make_model("qwen3_moe", **options), folder)
