@@ -12,9 +12,11 @@ import torch
 from moestro.cluster.config import load_config
 from moestro.cluster.edge.core import RequestCore
 from moestro.cluster.edge.grpc_server import GrpcOptions, GrpcServer
+from moestro.cluster.edge.stub import StubCluster
 from moestro.cluster.gateway import edge_limits, served_model
 from moestro.cluster.local_backend import LocalBackend
 from moestro.cluster.serving.rank_spec import rank_spec
+from moestro.protos.errors import FieldViolation, InvalidRequest
 from moestro.protos.gen import inference_pb2 as pb
 from moestro.workers.rank_setup import build_rank
 from moestro.workers.runner import Model
@@ -22,9 +24,13 @@ from moestro.workers.runner import Model
 Change = Callable[[Model], Model]
 
 
-async def status() -> pb.GetClusterStatusResponse:
-    rank = pb.Rank(name="local", state=pb.RANK_STATE_SERVING)
-    return pb.GetClusterStatusResponse(groups=[pb.Group(name="only", dp=1, tp=1, ranks=[rank])])
+class OneRank(StubCluster):
+    async def status(self) -> pb.GetClusterStatusResponse:
+        rank = pb.Rank(name="local", state=pb.RANK_STATE_SERVING)
+        return pb.GetClusterStatusResponse(groups=[pb.Group(name="only", dp=1, tp=1, ranks=[rank])])
+
+    async def experts(self, request: pb.GetExpertsRequest) -> pb.GetExpertsResponse:
+        raise InvalidRequest([FieldViolation("group", "has one rank: nothing to place")])
 
 
 @contextlib.asynccontextmanager
@@ -37,7 +43,7 @@ async def serving(model: Path | None, dtype: str, change: Change = lambda model:
     rank.loop._engine = replace(engine, runner=replace(engine.runner, model=change(engine.runner.model)))
     backend = LocalBackend(rank)
     core = RequestCore([served_model(config, backend)], edge_limits(config))
-    server = GrpcServer(core, status, "test", GrpcOptions(host="127.0.0.1", port=0))
+    server = GrpcServer(core, OneRank(), "test", GrpcOptions(host="127.0.0.1", port=0))
     port = await server.start()
     try:
         yield f"127.0.0.1:{port}"
