@@ -11,23 +11,18 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
+from moestro.kernels.activations import swiglu
 from moestro.kernels.linear import Linear, can_pack, empty_weight, make_linear
 
 Fill = Callable[[int, Tensor, Tensor], None]
 
 
 class GroupedExperts(Protocol):
-    """y_RD[r] = down(silu(gate(x)) * up(x)) with the weights of row r's expert."""
+    """y_RD[r] = down(silu(gate(x)) * up(x)) with the weights of row r's expert. Rows beyond ``counts_L.sum()`` are
+    padding: they come back with some value, and no other row depends on them."""
 
     def apply(self, x_RD: Tensor, counts_L: Tensor) -> Tensor: ...
-
-
-def swiglu(gate_up_R2I: Tensor) -> Tensor:
-    """``silu(gate) * up`` of a fused product whose first half is the gate."""
-    gate_RI, up_RI = gate_up_R2I.chunk(2, -1)
-    return silu(gate_RI) * up_RI
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +34,15 @@ class LoopedExperts:
     down_L: tuple[Linear, ...]
 
     def apply(self, x_RD: Tensor, counts_L: Tensor) -> Tensor:
-        if x_RD.shape[0] == 0:
+        used = [(e, count) for e, count in enumerate(counts_L.tolist()) if count]
+        if not used:
             return x_RD
-        counts = counts_L.tolist()
-        used = [e for e, count in enumerate(counts) if count]
-        pieces = torch.split_with_sizes(x_RD, [counts[e] for e in used])
-        hidden_R2I = torch.cat([self.gate_up_L[e].apply(x) for e, x in zip(used, pieces, strict=True)])
-        pieces = torch.split_with_sizes(swiglu(hidden_R2I), [counts[e] for e in used])
-        return torch.cat([self.down_L[e].apply(x) for e, x in zip(used, pieces, strict=True)])
+        sizes = [count for _, count in used]
+        padding = x_RD[sum(sizes) :]
+        pieces = torch.split_with_sizes(x_RD[: sum(sizes)], sizes)
+        hidden_R2I = torch.cat([self.gate_up_L[e].apply(x) for (e, _), x in zip(used, pieces, strict=True)])
+        pieces = torch.split_with_sizes(swiglu(hidden_R2I), sizes)
+        return torch.cat([*(self.down_L[e].apply(x) for (e, _), x in zip(used, pieces, strict=True)), padding])
 
 
 @dataclass(frozen=True, slots=True)

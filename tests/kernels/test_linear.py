@@ -24,7 +24,7 @@ def test_every_kind_is_the_product(device, dtype, rows, bias):
 def test_weights_are_packed_where_that_is_faster():
     packs = can_pack(torch.device("cpu"), torch.bfloat16)
     assert isinstance(make_linear(torch.zeros(4, 4, dtype=torch.bfloat16)), PackedLinear) == packs
-    assert isinstance(make_linear(torch.zeros(4, 4)), PlainLinear)
+    assert isinstance(make_linear(torch.zeros(4, 4)), PackedLinear)
 
 
 def test_a_row_of_a_packed_product_does_not_depend_on_the_rows_beside_it():

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moestro.kernels.attention_tiles import attention_tiles
 from moestro.kernels.paged_attention import paged_attention, paged_attention_reference, plan_attention, write_kv_
 
 WIDTH = 16
@@ -45,7 +46,7 @@ def check(spans, block_size, num_kv_heads, group, window, dtype, device, seed):
         num_kv_heads=num_kv_heads,
         block_size=block_size,
         window=window,
-        dtype=dtype,
+        tiles=attention_tiles(WIDTH, group, device),
     )
     untouched = kv_NCbD.clone()
     write_kv_(kv_NCbD, kv_TCD, plan)
@@ -58,7 +59,7 @@ def check(spans, block_size, num_kv_heads, group, window, dtype, device, seed):
     is_begun = torch.tensor([slot // block_size in begun for slot in range(len(flat))], device=device)
     assert not flat[others & is_begun].any()
     assert torch.equal(flat[others & ~is_begun], flat_before[others & ~is_begun])
-    got = paged_attention(q_TQD, kv_TCD, kv_NCbD, plan, 0.3)
+    got = paged_attention(q_TQD, kv_NCbD, plan, 0.3)
     want = paged_attention_reference(q_TQD, kv_NCbD, starts, contexts, table_SB, window, 0.3)
     tolerance = 2e-6 if dtype == torch.float32 else 2**-6
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance, msg=lambda m: f"seed {seed}: {m}")
