@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_UNSHARED_ELEMENTS = {"cpu": 32767}
+_UNSHARED_ELEMENTS = {"cpu": 32768}
 """Elements up to which torch gives an elementwise operation to one thread. Beyond, threads may begin within a row."""
 
 

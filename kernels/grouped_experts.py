@@ -34,15 +34,15 @@ class LoopedExperts:
     down_L: tuple[Linear, ...]
 
     def apply(self, x_RD: Tensor, counts_L: Tensor) -> Tensor:
-        used = [(e, count) for e, count in enumerate(counts_L.tolist()) if count]
+        counts = counts_L.tolist()
+        used = [e for e, count in enumerate(counts) if count]
         if not used:
             return x_RD
-        sizes = [count for _, count in used]
-        padding = x_RD[sum(sizes) :]
-        pieces = torch.split_with_sizes(x_RD[: sum(sizes)], sizes)
-        hidden_R2I = torch.cat([self.gate_up_L[e].apply(x) for (e, _), x in zip(used, pieces, strict=True)])
-        pieces = torch.split_with_sizes(swiglu(hidden_R2I), sizes)
-        return torch.cat([*(self.down_L[e].apply(x) for (e, _), x in zip(used, pieces, strict=True)), padding])
+        sizes = [counts[e] for e in used]
+        *pieces, padding = torch.split_with_sizes(x_RD, [*sizes, x_RD.shape[0] - sum(sizes)])
+        hidden_R2I = torch.cat([self.gate_up_L[e].apply(x) for e, x in zip(used, pieces, strict=True)])
+        hidden = torch.split_with_sizes(swiglu(hidden_R2I), sizes)
+        return torch.cat([*(self.down_L[e].apply(x) for e, x in zip(used, hidden, strict=True)), padding])
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,8 @@ class PlainLinear:
         return self.weight_OI.shape[0]
 
     def apply(self, x_TI: Tensor) -> Tensor:
+        if x_TI.shape[0] in self.tiles.exact:
+            return self._product(x_TI)
         return self.tiles.apply(self._product, x_TI, self.out_features)
 
     def _product(self, x_TI: Tensor) -> Tensor:
@@ -66,6 +68,8 @@ class PackedLinear:
     tiles: RowTiles
 
     def apply(self, x_TI: Tensor) -> Tensor:
+        if x_TI.shape[0] in self.tiles.exact:
+            return self._product(x_TI)
         return self.tiles.apply(self._product, x_TI, self.out_features)
 
     def _product(self, x_TI: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class _Queries:
     """t queries of each of n sequences; every sequence's keys from ``first_key`` to ``stop_key``, counted in what was
     gathered. Keys from ``mask_from`` on need the mask."""
 
-    rows: Tensor | slice  # of the step's tokens, n * t of them
+    rows: slice | Tensor  # of the step's tokens, n * t of them
     per_sequence: int
     first_key: int
     stop_key: int
@@ -63,6 +63,15 @@ class AttentionPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class _Cut:
+    """Tokens of the step that are queries together: ``per_sequence`` of each sequence, from a position on."""
+
+    rows: slice | Tensor
+    first_query_n: Sequence[int]
+    per_sequence: int
+
+
+@dataclass(frozen=True, slots=True)
 class _Planner:
     """What the groups of a step have in common."""
 
@@ -73,57 +82,56 @@ class _Planner:
     window: int | None
     tiles: AttentionTiles
 
-    def group(self, seqs: Sequence[int], cuts: Sequence[tuple[Tensor | slice, Tensor, int]]) -> _Group:
-        """``cuts`` are (token rows, position of the first query of each sequence, number of queries of each)."""
-        length_n = torch.tensor([self.context_len_S[s] for s in seqs])
-        begin_n = self._first_key(cuts[0][1])
-        queries = tuple(self._queries(rows, first_n - begin_n, num) for rows, first_n, num in cuts)
+    def group(self, rows: slice | Tensor, lengths: Sequence[int], cuts: Sequence[_Cut]) -> _Group:
+        """Sequences at ``rows`` of the block table, with contexts of ``lengths`` tokens."""
+        begins = [self._first_key(query) for query in cuts[0].first_query_n]
+        queries = tuple(self._queries(cut, begins) for cut in cuts)
         num_keys = queries[-1].stop_key
-        return _Group(len(seqs), self._gathered(seqs, length_n, begin_n, num_keys), num_keys, queries)
+        return _Group(len(lengths), self._gathered(rows, lengths, begins, num_keys), num_keys, queries)
 
-    def _first_key(self, query: Tensor) -> Tensor:
+    def _first_key(self, query: int) -> int:
         """Where the keys of a query begin: at a chunk, and at a block."""
         if self.window is None:
-            return torch.zeros_like(query)
+            return 0
         unit = lcm(self.tiles.chunk, self.block_size)
-        return (query - self.window + 1).clamp_(min=0) // unit * unit
+        return max(0, query - self.window + 1) // unit * unit
 
-    def _queries(self, rows: Tensor | slice, first_n: Tensor, num: int) -> _Queries:
-        """Queries ``first .. first + num - 1`` of each sequence; both counted from the first key that is
-        gathered."""
-        seen_until_nt = first_n.unsqueeze(1) + torch.arange(1, num + 1)
-        seen_from_nt = torch.zeros_like(seen_until_nt)
-        if self.window is not None:
-            seen_from_nt = (seen_until_nt - self.window).clamp_(min=0)
+    def _queries(self, cut: _Cut, begins: Sequence[int]) -> _Queries:
+        """Keys and queries are counted from the first key that is gathered."""
+        first_n = [query - begin for query, begin in zip(cut.first_query_n, begins, strict=True)]
+        first, last = min(first_n), max(first_n) + cut.per_sequence - 1
         chunk, grain = self.tiles.chunk, self.tiles.grain
-        first_key = int(seen_from_nt.min()) // chunk * chunk
-        stop_key = -(-int(seen_until_nt.max()) // grain) * grain
-        mask_from = first_key if int(seen_from_nt.max()) > first_key else int(seen_until_nt.min())
-        mask = None
-        if mask_from < stop_key:
-            device = self.block_table_SB.device
-            key_L = torch.arange(mask_from, stop_key, device=device)
-            bounds_2nt1 = _upload(torch.stack((seen_from_nt, seen_until_nt)), device).unsqueeze(-1)
-            hidden_ntL = (key_L < bounds_2nt1[0]) | (key_L >= bounds_2nt1[1])
-            mask = torch.zeros(hidden_ntL.shape, device=device).masked_fill_(hidden_ntL, float("-inf"))
-            mask = mask[:, None, :, None, :]
-        return _Queries(rows, num, first_key, stop_key, mask_from, mask)
+        first_key, stop_key = 0, -(-(last + 1) // grain) * grain
+        mask_from = first + 1
+        if self.window is not None:
+            first_key = max(0, first - self.window + 1) // chunk * chunk
+            if last - self.window + 1 > first_key:
+                mask_from = first_key
+        mask = self._mask(first_n, cut.per_sequence, mask_from, stop_key) if mask_from < stop_key else None
+        return _Queries(cut.rows, cut.per_sequence, first_key, stop_key, mask_from, mask)
 
-    def _gathered(self, seqs: Sequence[int], length_n: Tensor, begin_n: Tensor, num_keys: int) -> Tensor:
+    def _mask(self, first_n: Sequence[int], num: int, first_key: int, stop_key: int) -> Tensor:
+        device = self.block_table_SB.device
+        key_L = torch.arange(first_key, stop_key, device=device)
+        query_nt1 = _upload(first_n, device).view(-1, 1, 1)
+        if num > 1:
+            query_nt1 = query_nt1 + torch.arange(num, device=device).unsqueeze(1)
+        hidden_ntL = key_L > query_nt1
+        if self.window is not None:
+            hidden_ntL |= key_L <= query_nt1 - self.window
+        return torch.where(hidden_ntL, float("-inf"), 0.0)[:, None, :, None, :]
+
+    def _gathered(self, rows: slice | Tensor, lengths: Sequence[int], begins: Sequence[int], num_keys: int) -> Tensor:
         """Rows of the cache seen as (N * C) tiles, ordered [keys or values, sequence, head, block], flat. Behind a
         sequence's own blocks stands block 0."""
-        device = self.block_table_SB.device
-        bounds_2n = torch.stack((begin_n // self.block_size, -(-length_n // self.block_size)))
-        offset_nB = torch.arange(-(-num_keys // self.block_size), device=device)
-        first_n1, stop_n1 = _upload(bounds_2n, device).unsqueeze(-1)
-        column_nB = first_n1 + offset_nB
+        device, size = self.block_table_SB.device, self.block_size
+        bounds = [*(begin // size for begin in begins), *(-(-length // size) for length in lengths)]
+        first_n1, stop_n1 = _upload(bounds, device).view(2, -1, 1).unbind()
+        column_nB = first_n1 + torch.arange(-(-num_keys // size), device=device)
         own_nB = column_nB < stop_n1
-        column_nB = column_nB.clamp_(max=self.block_table_SB.shape[1] - 1)
-        row_n1 = _upload(torch.tensor(seqs), device).unsqueeze(-1)
-        block_nB = self.block_table_SB[row_n1, column_nB].to(torch.int64) * own_nB
-        heads_H1 = torch.arange(self.num_kv_heads, device=device).view(-1, 1)
-        keys_nHB = block_nB.unsqueeze(1) * (2 * self.num_kv_heads) + heads_H1
-        return torch.stack((keys_nHB, keys_nHB + self.num_kv_heads)).view(-1)
+        block_nB = self.block_table_SB[rows].gather(1, column_nB.clamp_(max=self.block_table_SB.shape[1] - 1)) * own_nB
+        slab_2H1 = torch.arange(2 * self.num_kv_heads, device=device).view(2, 1, -1, 1)
+        return (block_nB.unsqueeze(1) * (2 * self.num_kv_heads) + slab_2H1).view(-1)
 
 
 def plan_attention(
@@ -145,14 +153,15 @@ def plan_attention(
     planner = _Planner(context_len_S, block_table_SB, num_kv_heads, block_size, window, tiles)
     groups = []
     for seqs in _together(context_len_S[:num_decodes], window, block_size, tiles.pairs_at_once // num_kv_heads):
+        lengths = [context_len_S[s] for s in seqs]
         contiguous = seqs[-1] - seqs[0] + 1 == len(seqs)
-        rows = slice(seqs[0], seqs[-1] + 1) if contiguous else _upload(torch.tensor(seqs), block_table_SB.device)
-        groups.append(planner.group(seqs, [(rows, torch.tensor([context_len_S[s] - 1 for s in seqs]), 1)]))
+        rows = slice(seqs[0], seqs[-1] + 1) if contiguous else _upload(seqs, block_table_SB.device)
+        groups.append(planner.group(rows, lengths, [_Cut(rows, [length - 1 for length in lengths], 1)]))
     for s in range(num_decodes, len(context_len_S)):
-        start, stop = query_start_S1[s], query_start_S1[s + 1]
-        cuts = [(row, min(row + tiles.queries, stop)) for row in range(start, stop, tiles.queries)]
-        first = context_len_S[s] - stop
-        groups.append(planner.group([s], [(slice(a, b), torch.tensor([first + a]), b - a) for a, b in cuts]))
+        start, stop, length = query_start_S1[s], query_start_S1[s + 1], context_len_S[s]
+        runs = [(row, min(row + tiles.queries, stop)) for row in range(start, stop, tiles.queries)]
+        cuts = [_Cut(slice(row, end), [length - (stop - row)], end - row) for row, end in runs]
+        groups.append(planner.group(slice(s, s + 1), [length], cuts))
     write_block_T = slot_T // block_size
     fresh_F = _fresh_blocks(query_start_S1, context_len_S, block_table_SB, block_size)
     return AttentionPlan(write_block_T, slot_T - write_block_T * block_size, fresh_F, tuple(groups), tiles)
@@ -185,12 +194,13 @@ def _fresh_blocks(
             entries.append(entry)
     if not rows:
         return None
-    index_2F = _upload(torch.tensor([*rows, *entries]), block_table_SB.device).view(2, -1)
+    index_2F = _upload([*rows, *entries], block_table_SB.device).view(2, -1)
     return block_table_SB[index_2F[0], index_2F[1]].long()
 
 
-def _upload(host: Tensor, device: torch.device) -> Tensor:
-    """Through pinned memory: a copy from ordinary memory would wait for the device."""
+def _upload(values: Sequence[int], device: torch.device) -> Tensor:
+    """int64 values on ``device``. Through pinned memory: a copy from ordinary memory would wait for the device."""
+    host = torch.tensor(values, dtype=torch.int64)
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 

@@ -61,8 +61,6 @@ class RowTiles:
     def apply(self, product: Product, x_TI: Tensor, out_features: int) -> Tensor:
         """``product(x_TI)`` in calls of the allowed counts."""
         rows = x_TI.shape[0]
-        if rows in self.exact:
-            return product(x_TI)
         if rows == 0:  # oneDNN refuses an empty product
             return x_TI.new_empty(0, out_features)
         pieces, start = [], 0
