@@ -254,7 +254,7 @@ def _attend(
     for key in range(tiles.chunk, v_mLD.shape[1], tiles.chunk):
         out_mRD.baddbmm_(probs_mRL[:, :, key : key + tiles.chunk], v_mLD[:, key : key + tiles.chunk])
     out_nHtGD = out_mRD[:, :num_rows].to(q_XQD.dtype).reshape(n, num_kv_heads, t, -1, width)
-    return out_nHtGD.transpose(1, 2).reshape(q_XQD.shape)
+    return out_nHtGD.transpose(1, 2).reshape(q_XQD.shape).contiguous()
 
 
 def _padded(q_mRD: Tensor, tiles: AttentionTiles) -> Tensor:

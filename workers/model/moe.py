@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moestro.kernels.activations import sigmoid
 from moestro.kernels.grouped_experts import GroupedExperts, make_experts
 from moestro.kernels.linear import Linear, PlainLinear
 from moestro.router.gate import softmax_topk
@@ -34,7 +35,7 @@ class SharedExpert:
     gate: Linear
 
     def forward(self, x_tM: Tensor) -> Tensor:
-        return torch.sigmoid(self.gate.apply(x_tM)) * self.mlp.forward(x_tM)
+        return sigmoid(self.gate.apply(x_tM)) * self.mlp.forward(x_tM)
 
 
 @dataclass(frozen=True, slots=True)
