@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from moestro.kernels.row_tiles import RowTiles, agreeing_rows, cancelling_operands, row_counts
 
+_ALIGNMENT = 64  # bytes; what torch allocates at
 _PROBED_TERMS = 1 << 30
 """Multiplications of the largest call: still more rows would not make a large weight cheaper, only slower to try."""
 
@@ -49,6 +50,8 @@ class PlainLinear:
         return self.weight_OI.shape[0]
 
     def apply(self, x_TI: Tensor) -> Tensor:
+        if x_TI.data_ptr() % _ALIGNMENT:  # a product of one column begins with what stands before the first vector
+            x_TI = x_TI.clone(memory_format=torch.contiguous_format)
         if x_TI.shape[0] in self.tiles.exact:
             return self._product(x_TI)
         return self.tiles.apply(self._product, x_TI, self.out_features)

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from moestro.kernels.activations import sigmoid
 from moestro.kernels.grouped_experts import GroupedExperts, make_experts
-from moestro.kernels.linear import Linear, PlainLinear
+from moestro.kernels.linear import Linear
 from moestro.router.gate import softmax_topk
 from moestro.router.parallel import NoTensorParallel, TensorParallel
 from moestro.router.transport import Transport
 from moestro.workers.model.mlp import DenseMlp, build_mlp
 from moestro.workers.model.sharding import token_shard
-from moestro.workers.model.weights import WeightSource, read, read_linear
+from moestro.workers.model.weights import WeightSource, read_linear
 from moestro.workers.model_config import DenseSpec, GateSpec, MoeSpec
 
 
@@ -101,5 +101,5 @@ def build_moe(
         mlp = build_mlp(
             DenseSpec(spec.shared_width), hidden_size, prefix + "shared_expert.", source, NoTensorParallel()
         )
-        shared = SharedExpert(mlp, PlainLinear(read(source, prefix + "shared_expert_gate.weight", 1, hidden_size)))
+        shared = SharedExpert(mlp, read_linear(source, prefix + "shared_expert_gate.weight", 1, hidden_size))
     return MoeMlp(spec.gate, gate, experts, shared, transport, tp)
