@@ -4,8 +4,8 @@ Legend: T tokens, S sequences, N blocks of the cache, H key/value heads, G query
 (H * G), C slabs of a block (the H key heads, then the H value heads), b tokens per block, B blocks gathered, L keys, D
 head width.
 
-``scaled_dot_product_attention`` over gathered keys of any length; prompts read their keys from the step's own tokens. It
-was the engine's own until the engine became invariant, and is kept to measure what that costs.
+``scaled_dot_product_attention`` over gathered keys of any length; prompts read their keys from the step's own tokens.
+It was the engine's own until the engine became invariant, and is kept to measure what that costs.
 """
 
 from __future__ import annotations
