@@ -39,6 +39,7 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    num_preemptions: int = field(default=0, compare=False)
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +108,8 @@ def run(engine: Engine, wanted: Sequence[SequenceRequest], seed: int | None = No
             answer.tokens.extend(delta.token_ids)
             answer.logprobs.extend(delta.logprobs or ())
             answer.prompt_logprobs.extend(delta.prompt_logprobs or ())
+            if delta.ledger is not None:
+                answer.num_preemptions = delta.ledger.num_preemptions
     return answers
 
 
@@ -126,8 +129,7 @@ def differences(
     """Which sequences came out differently among the others, under which (tokens of a step, blocks of the pool)."""
     found = []
     for number, (chunk, num_blocks) in enumerate(perturbations):
-        crowd = engine(model, chunk, num_blocks)
-        got = run(crowd, wanted, seed=seed + number)
+        got = run(engine(model, chunk, num_blocks), wanted, seed=seed + number)
         found += [
             f"{k}: chunk {chunk}, {num_blocks} blocks, seed {seed + number}" for k in got if got[k] != expected[k]
         ]
@@ -149,6 +151,13 @@ def test_the_answer_does_not_depend_on_the_batch(folder: Callable[[str], Path], 
     assert all(len(answer.tokens) == len(answer.logprobs) == OUTPUT_TOKENS for answer in expected.values())
     assert len(expected["r2"].prompt_logprobs) == 18
     assert not differences(model, wanted, expected, seed=100)
+    small = [request for request in wanted if len(request.prompt_ids) < 40]
+    num_preemptions = 0
+    for num_blocks in (14, 20, 22, 26):  # room for prompts, not always for all that follows them
+        crowded = run(engine(model, 64, num_blocks), small)
+        num_preemptions += sum(answer.num_preemptions for answer in crowded.values())
+        assert crowded == {key: expected[key] for key in crowded}, num_blocks
+    assert num_preemptions > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
