@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
+from moestro.kernels.activations import swiglu
 from moestro.kernels.linear import Linear, can_pack, empty_weight, make_linear
 
 Fill = Callable[[Tensor, Tensor], None]
@@ -37,12 +37,6 @@ class GroupedExperts(Protocol):
 
     def replace_(self, slot: int, staged: Any) -> None:
         """Puts a staged expert into a slot; what was there is gone."""
-
-
-def swiglu(gate_up_R2I: Tensor) -> Tensor:
-    """``silu(gate) * up`` of a fused product whose first half is the gate."""
-    gate_RI, up_RI = gate_up_R2I.chunk(2, -1)
-    return silu(gate_RI) * up_RI
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +83,10 @@ class LoopedExperts:
         if not used:
             return x_RD
         sizes = [count for _, count in used]
-        pieces = torch.split_with_sizes(x_RD[: sum(sizes)], sizes)
+        *pieces, padding = torch.split_with_sizes(x_RD, [*sizes, x_RD.shape[0] - sum(sizes)])
         hidden_R2I = torch.cat([expert.gate_up.apply(x) for (expert, _), x in zip(used, pieces, strict=True)])
-        pieces = torch.split_with_sizes(swiglu(hidden_R2I), sizes)
-        y_RD = torch.cat([expert.down.apply(x) for (expert, _), x in zip(used, pieces, strict=True)])
-        return y_RD if y_RD.shape[0] == x_RD.shape[0] else torch.cat((y_RD, x_RD[y_RD.shape[0] :]))
+        hidden = torch.split_with_sizes(swiglu(hidden_R2I), sizes)
+        return torch.cat([*(expert.down.apply(x) for (expert, _), x in zip(used, hidden, strict=True)), padding])
 
     def stage(self, fill: Fill) -> Expert:
         gate_up_2ID, down_DI = self.shape.empty()

@@ -2,46 +2,53 @@
 
 Legend: T tokens, S sequences, N blocks of the cache, H key/value heads, G query heads per key/value head, Q query heads
 (H * G), C slabs of a block (the H key heads, then the H value heads), b tokens per block, B blocks gathered, L keys, D
-head width.
+head width; n sequences computed together, t queries of each, R rows of a product (t * G and padding).
 
 A layer's cache is ``kv_NCbD``: a block is one piece of memory and each head's tile in it another, so that one
 ``index_select`` of tiles yields keys and values ready for the product. What depends only on the step (which tiles,
 which keys are masked) is an ``AttentionPlan``, built once a step for all layers that share a block table.
+
+A query gets the same bits however the tokens of its sequence were cut into spans and whatever is computed beside it:
+weighted values are added up in chunks of keys at fixed positions, in order, in fp32; a key that is not seen weighs
+exactly zero; and products are called only with numbers of rows and keys that agree (``attention_tiles``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import lcm
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad
+
+from moestro.kernels.attention_tiles import AttentionTiles, scores
 
 _SMALLEST_BUCKET_BLOCKS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class _Decodes:
-    """Sequences with one query each and about as many keys, computed together."""
+class _Queries:
+    """t queries of each of n sequences; every sequence's keys from ``first_key`` to ``stop_key``, counted in what was
+    gathered. Keys from ``mask_from`` on need the mask."""
 
-    rows_S: Tensor | None  # their token rows; None: rows 0 .. num
-    num: int
-    tiles: Tensor  # 2 * S * H * B rows of the cache seen as tiles: keys, then values
-    start: int  # of the gathered keys, those from start to stop are used
-    stop: int
-    mask_S11L: Tensor | None  # additive
+    rows: slice | Tensor  # of the step's tokens, n * t of them
+    per_sequence: int
+    first_key: int
+    stop_key: int
+    mask_from: int
+    mask_n1t1L: Tensor | None  # additive, fp32; None: all keys are seen
 
 
 @dataclass(frozen=True, slots=True)
-class _Span:
-    """One sequence's run of queries."""
+class _Group:
+    """Sequences with about as many keys, gathered together; either many with one query or one with many."""
 
-    start: int
-    stop: int
-    tiles: Tensor | None  # None: every key is in this step's own tokens
+    num_sequences: int
+    tiles: Tensor  # 2 * n * H * B rows of the cache seen as tiles: keys, then values
     num_keys: int
-    mask_TL: Tensor | None  # additive; None: causal
+    queries: tuple[_Queries, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +58,80 @@ class AttentionPlan:
     write_block_T: Tensor
     write_offset_T: Tensor
     fresh_blocks_F: Tensor | None  # blocks this step begins to write; None when there are none
-    decodes: tuple[_Decodes, ...]
-    spans: tuple[_Span, ...]
+    groups: tuple[_Group, ...]
+    tiles: AttentionTiles
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """Tokens of the step that are queries together: ``per_sequence`` of each sequence, from a position on."""
+
+    rows: slice | Tensor
+    first_query_n: Sequence[int]
+    per_sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Planner:
+    """What the groups of a step have in common."""
+
+    context_len_S: Sequence[int]
+    block_table_SB: Tensor
+    num_kv_heads: int
+    block_size: int
+    window: int | None
+    tiles: AttentionTiles
+
+    def group(self, rows: slice | Tensor, lengths: Sequence[int], cuts: Sequence[_Cut]) -> _Group:
+        """Sequences at ``rows`` of the block table, with contexts of ``lengths`` tokens."""
+        begins = [self._first_key(query) for query in cuts[0].first_query_n]
+        queries = tuple(self._queries(cut, begins) for cut in cuts)
+        num_keys = queries[-1].stop_key
+        return _Group(len(lengths), self._gathered(rows, lengths, begins, num_keys), num_keys, queries)
+
+    def _first_key(self, query: int) -> int:
+        """Where the keys of a query begin: at a chunk, and at a block."""
+        if self.window is None:
+            return 0
+        unit = lcm(self.tiles.chunk, self.block_size)
+        return max(0, query - self.window + 1) // unit * unit
+
+    def _queries(self, cut: _Cut, begins: Sequence[int]) -> _Queries:
+        """Keys and queries are counted from the first key that is gathered."""
+        first_n = [query - begin for query, begin in zip(cut.first_query_n, begins, strict=True)]
+        first, last = min(first_n), max(first_n) + cut.per_sequence - 1
+        chunk, grain = self.tiles.chunk, self.tiles.grain
+        first_key, stop_key = 0, -(-(last + 1) // grain) * grain
+        mask_from = first + 1
+        if self.window is not None:
+            first_key = max(0, first - self.window + 1) // chunk * chunk
+            if last - self.window + 1 > first_key:
+                mask_from = first_key
+        mask = self._mask(first_n, cut.per_sequence, mask_from, stop_key) if mask_from < stop_key else None
+        return _Queries(cut.rows, cut.per_sequence, first_key, stop_key, mask_from, mask)
+
+    def _mask(self, first_n: Sequence[int], num: int, first_key: int, stop_key: int) -> Tensor:
+        device = self.block_table_SB.device
+        key_L = torch.arange(first_key, stop_key, device=device)
+        query_nt1 = _upload(first_n, device).view(-1, 1, 1)
+        if num > 1:
+            query_nt1 = query_nt1 + torch.arange(num, device=device).unsqueeze(1)
+        hidden_ntL = key_L > query_nt1
+        if self.window is not None:
+            hidden_ntL |= key_L <= query_nt1 - self.window
+        return torch.where(hidden_ntL, float("-inf"), 0.0)[:, None, :, None, :]
+
+    def _gathered(self, rows: slice | Tensor, lengths: Sequence[int], begins: Sequence[int], num_keys: int) -> Tensor:
+        """Rows of the cache seen as (N * C) tiles, ordered [keys or values, sequence, head, block], flat. Behind a
+        sequence's own blocks stands block 0."""
+        device, size = self.block_table_SB.device, self.block_size
+        bounds = [*(begin // size for begin in begins), *(-(-length // size) for length in lengths)]
+        first_n1, stop_n1 = _upload(bounds, device).view(2, -1, 1).unbind()
+        column_nB = first_n1 + torch.arange(-(-num_keys // size), device=device)
+        own_nB = column_nB < stop_n1
+        block_nB = self.block_table_SB[rows].gather(1, column_nB.clamp_(max=self.block_table_SB.shape[1] - 1)) * own_nB
+        slab_2H1 = torch.arange(2 * self.num_kv_heads, device=device).view(2, 1, -1, 1)
+        return (block_nB.unsqueeze(1) * (2 * self.num_kv_heads) + slab_2H1).view(-1)
 
 
 def plan_attention(
@@ -65,32 +144,42 @@ def plan_attention(
     num_kv_heads: int,
     block_size: int,
     window: int | None,
-    dtype: torch.dtype,
+    tiles: AttentionTiles,
 ) -> AttentionPlan:
     """Plans one step. Query at position p sees keys p - window + 1 .. p (all up to p without a window).
 
     Reads lengths on the host only, so it never waits for the device.
     """
+    planner = _Planner(context_len_S, block_table_SB, num_kv_heads, block_size, window, tiles)
+    groups = []
+    for seqs in _together(context_len_S[:num_decodes], window, block_size, tiles.pairs_at_once // num_kv_heads):
+        lengths = [context_len_S[s] for s in seqs]
+        contiguous = seqs[-1] - seqs[0] + 1 == len(seqs)
+        rows = slice(seqs[0], seqs[-1] + 1) if contiguous else _upload(seqs, block_table_SB.device)
+        groups.append(planner.group(rows, lengths, [_Cut(rows, [length - 1 for length in lengths], 1)]))
+    for s in range(num_decodes, len(context_len_S)):
+        start, stop, length = query_start_S1[s], query_start_S1[s + 1], context_len_S[s]
+        runs = [(row, min(row + tiles.queries, stop)) for row in range(start, stop, tiles.queries)]
+        cuts = [_Cut(slice(row, end), [length - (stop - row)], end - row) for row, end in runs]
+        groups.append(planner.group(slice(s, s + 1), [length], cuts))
     write_block_T = slot_T // block_size
-    decodes = tuple(
-        _plan_decodes(seqs, context_len_S, num_decodes, block_table_SB, num_kv_heads, block_size, window, dtype)
-        for seqs in _buckets(context_len_S[:num_decodes], block_size, window)
-    )
-    spans = tuple(
-        _plan_span(
-            query_start_S1[s],
-            query_start_S1[s + 1],
-            context_len_S[s],
-            block_table_SB[s],
-            num_kv_heads,
-            block_size,
-            window,
-            dtype,
-        )
-        for s in range(num_decodes, len(context_len_S))
-    )
     fresh_F = _fresh_blocks(query_start_S1, context_len_S, block_table_SB, block_size)
-    return AttentionPlan(write_block_T, slot_T - write_block_T * block_size, fresh_F, decodes, spans)
+    return AttentionPlan(write_block_T, slot_T - write_block_T * block_size, fresh_F, tuple(groups), tiles)
+
+
+def _together(
+    context_len_S: Sequence[int], window: int | None, block_size: int, keys_at_once: int
+) -> Iterator[list[int]]:
+    """Sequences grouped by the power of two above their number of blocks, so that at most half of a gather is padding,
+    and few enough at a time."""
+    buckets: dict[int, list[int]] = {}
+    for s, length in enumerate(context_len_S):
+        blocks = -(-min(length, window or length) // block_size)
+        buckets.setdefault((max(blocks, _SMALLEST_BUCKET_BLOCKS) - 1).bit_length(), []).append(s)
+    for power, seqs in buckets.items():
+        step = max(1, keys_at_once // (block_size << power))
+        for start in range(0, len(seqs), step):
+            yield seqs[start : start + step]
 
 
 def _fresh_blocks(
@@ -109,97 +198,10 @@ def _fresh_blocks(
     return block_table_SB[index_2F[0], index_2F[1]].long()
 
 
-def _buckets(context_len_S: Sequence[int], block_size: int, window: int | None) -> list[list[int]]:
-    """Sequences grouped by the power of two above their number of blocks: at most half of a gather is padding."""
-    buckets: dict[int, list[int]] = {}
-    for s, length in enumerate(context_len_S):
-        blocks = -(-min(length, window or length) // block_size)
-        buckets.setdefault((max(blocks, _SMALLEST_BUCKET_BLOCKS) - 1).bit_length(), []).append(s)
-    return list(buckets.values())
-
-
-def _tiles(blocks_SB: Tensor, num_kv_heads: int) -> Tensor:
-    """Rows of the cache seen as (N * C) tiles, ordered [keys or values, sequence, head, block], flat."""
-    heads_H1 = torch.arange(num_kv_heads, device=blocks_SB.device).view(-1, 1)
-    keys_SHB = blocks_SB.to(torch.int64).unsqueeze(1) * (2 * num_kv_heads) + heads_H1
-    return torch.stack((keys_SHB, keys_SHB + num_kv_heads)).view(-1)
-
-
-def _first_key(first_query: int, window: int | None) -> int:
-    return 0 if window is None else max(0, first_query - window + 1)
-
-
-def _plan_decodes(
-    seqs: list[int],
-    context_len_S: Sequence[int],
-    num_decodes: int,
-    block_table_SB: Tensor,
-    num_kv_heads: int,
-    block_size: int,
-    window: int | None,
-    dtype: torch.dtype,
-) -> _Decodes:
-    device = block_table_SB.device
-    lengths = [context_len_S[s] for s in seqs]
-    firsts = [_first_key(length - 1, window) for length in lengths]
-    first_blocks = [first // block_size for first in firsts]
-    num_blocks = max(-(-length // block_size) - block for length, block in zip(lengths, first_blocks, strict=True))
-    if len(seqs) == num_decodes:
-        rows_S, table_SB = None, block_table_SB[:num_decodes]
-    else:
-        rows_S = _upload(seqs, device)
-        table_SB = block_table_SB.index_select(0, rows_S)
-    if any(first_blocks):
-        columns_SB = _upload(first_blocks, device).unsqueeze(1) + torch.arange(num_blocks, device=device)
-        table_SB = table_SB.gather(1, columns_SB.clamp_(max=table_SB.shape[1] - 1))
-    else:
-        table_SB = table_SB[:, :num_blocks]
-    # Keys relative to the first gathered one; equal bounds need no mask, only a slice.
-    starts = [first - block * block_size for first, block in zip(firsts, first_blocks, strict=True)]
-    stops = [length - block * block_size for length, block in zip(lengths, first_blocks, strict=True)]
-    start, stop, mask_S11L = min(starts), max(stops), None
-    if max(starts) != start or min(stops) != stop:
-        key_L = torch.arange(start, stop, device=device)
-        bounds_2S1 = _upload([*starts, *stops], device).view(2, -1, 1)
-        seen_SL = (key_L >= bounds_2S1[0]) & (key_L < bounds_2S1[1])
-        mask_S11L = _additive(seen_SL, dtype)[:, None, None, :]
-    return _Decodes(rows_S, len(seqs), _tiles(table_SB, num_kv_heads), start, stop, mask_S11L)
-
-
-def _plan_span(
-    start: int,
-    stop: int,
-    context_len: int,
-    block_table_B: Tensor,
-    num_kv_heads: int,
-    block_size: int,
-    window: int | None,
-    dtype: torch.dtype,
-) -> _Span:
-    num_queries = stop - start
-    if num_queries == context_len and (window is None or window >= context_len):
-        return _Span(start, stop, None, context_len, None)
-    device = block_table_B.device
-    first_query = context_len - num_queries
-    first_block = _first_key(first_query, window) // block_size
-    first_key = first_block * block_size
-    tiles = _tiles(block_table_B[first_block : -(-context_len // block_size)].unsqueeze(0), num_kv_heads)
-    query_T1 = torch.arange(first_query, context_len, device=device).unsqueeze(1)
-    key_L = torch.arange(first_key, context_len, device=device)
-    seen_TL = key_L <= query_T1
-    if window is not None:
-        seen_TL &= key_L > query_T1 - window
-    return _Span(start, stop, tiles, context_len - first_key, _additive(seen_TL, dtype))
-
-
 def _upload(values: Sequence[int], device: torch.device) -> Tensor:
     """int64 values on ``device``. Through pinned memory: a copy from ordinary memory would wait for the device."""
     host = torch.tensor(values, dtype=torch.int64)
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
-
-
-def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
 def write_kv_(kv_NCbD: Tensor, kv_TCD: Tensor, plan: AttentionPlan) -> None:
@@ -213,49 +215,53 @@ def write_kv_(kv_NCbD: Tensor, kv_TCD: Tensor, plan: AttentionPlan) -> None:
     kv_NCbD.transpose(1, 2).index_put_((plan.write_block_T, plan.write_offset_T), kv_TCD)
 
 
-def paged_attention(q_TQD: Tensor, kv_TCD: Tensor, kv_NCbD: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
-    """softmax(q k^T * scale) v of each span over its sequence's keys; out_TQD.
-
-    ``kv_TCD`` are this step's own keys and values, already written to the cache by ``write_kv_``.
-    """
-    num_tokens, num_heads, width = q_TQD.shape
-    num_slabs, block_size = kv_NCbD.shape[1], kv_NCbD.shape[2]
-    num_kv_heads = num_slabs // 2
+def paged_attention(q_TQD: Tensor, kv_NCbD: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
+    """softmax(q k^T * scale) v of each span over its sequence's keys; out_TQD. This step's own keys and values have
+    already been written to the cache by ``write_kv_``."""
+    num_tokens, _, width = q_TQD.shape
+    num_kv_heads, block_size = kv_NCbD.shape[1] // 2, kv_NCbD.shape[2]
     tiles = kv_NCbD.view(-1, block_size * width)
     out_TQD = torch.empty_like(q_TQD, memory_format=torch.contiguous_format)
-    for group in plan.decodes:
-        q_SQD = q_TQD[: group.num] if group.rows_S is None else q_TQD.index_select(0, group.rows_S)
-        kv_2SHLD = tiles.index_select(0, group.tiles).view(2, group.num, num_kv_heads, -1, width)
-        kv_2SHLD = kv_2SHLD[:, :, :, group.start : group.stop]
-        # The G query heads of a key/value head are G rows of one product: nothing is repeated.
-        q_SHGD = q_SQD.reshape(group.num, num_kv_heads, -1, width)
-        out_SHGD = scaled_dot_product_attention(
-            q_SHGD, kv_2SHLD[0], kv_2SHLD[1], attn_mask=group.mask_S11L, scale=scale
-        )
-        out_SQD = out_SHGD.reshape(group.num, num_heads, width)
-        if group.num == num_tokens:
-            return out_SQD
-        if group.rows_S is None:
-            out_TQD[: group.num] = out_SQD
-        else:
-            out_TQD.index_copy_(0, group.rows_S, out_SQD)
-    for span in plan.spans:
-        if span.tiles is None:
-            kv_CLD = kv_TCD[span.start : span.stop].transpose(0, 1)
-        else:
-            kv_CLD = tiles.index_select(0, span.tiles).view(num_slabs, -1, width)[:, : span.num_keys]
-        q_1QTD = q_TQD[span.start : span.stop].transpose(0, 1).unsqueeze(0)
-        out_1QTD = scaled_dot_product_attention(
-            q_1QTD,
-            kv_CLD[:num_kv_heads].unsqueeze(0),
-            kv_CLD[num_kv_heads:].unsqueeze(0),
-            attn_mask=span.mask_TL,
-            is_causal=span.mask_TL is None,
-            scale=scale,
-            enable_gqa=num_heads != num_kv_heads,
-        )
-        out_TQD[span.start : span.stop] = out_1QTD[0].transpose(0, 1)
+    for group in plan.groups:
+        kv_2mLD = tiles.index_select(0, group.tiles).view(2, group.num_sequences * num_kv_heads, -1, width)
+        kv_2mLD = kv_2mLD[:, :, : group.num_keys].float()
+        for queries in group.queries:
+            out = _attend(q_TQD[queries.rows], kv_2mLD, queries, group.num_sequences, plan.tiles, scale)
+            if out.shape[0] == num_tokens:
+                return out
+            out_TQD[queries.rows] = out
     return out_TQD
+
+
+def _attend(
+    q_XQD: Tensor, kv_2mLD: Tensor, queries: _Queries, num_sequences: int, tiles: AttentionTiles, scale: float
+) -> Tensor:
+    """One run of queries: X = n * t rows of tokens, m = n * H. All of it in fp32."""
+    n, t, width = num_sequences, queries.per_sequence, q_XQD.shape[-1]
+    num_kv_heads = kv_2mLD.shape[1] // n
+    num_kv_heads = kv_2mLD.shape[1] // n
+    num_rows = t * q_XQD.shape[1] // num_kv_heads
+    q_mRD = q_XQD.view(n, t, num_kv_heads, -1, width).transpose(1, 2).reshape(n * num_kv_heads, num_rows, width)
+    k_mLD, v_mLD = kv_2mLD[:, :, queries.first_key : queries.stop_key].unbind()
+    scores_mRL = scores(_padded(q_mRD.float() * scale, tiles), k_mLD)
+    if queries.mask_n1t1L is not None:
+        # The G query heads of a key/value head are rows of one product and share a row of the mask.
+        masked_nHRL = scores_mRL.view(n, num_kv_heads, -1, k_mLD.shape[1])[:, :, :num_rows]
+        masked_nHRL = masked_nHRL[..., queries.mask_from - queries.first_key :]
+        masked_nHRL.view(n, num_kv_heads, t, -1, masked_nHRL.shape[-1]).add_(queries.mask_n1t1L)
+    probs_mRL = torch.softmax(scores_mRL, -1)
+    out_mRD = torch.bmm(probs_mRL[:, :, : tiles.chunk], v_mLD[:, : tiles.chunk])
+    for key in range(tiles.chunk, v_mLD.shape[1], tiles.chunk):
+        out_mRD.baddbmm_(probs_mRL[:, :, key : key + tiles.chunk], v_mLD[:, key : key + tiles.chunk])
+    out_nHtGD = out_mRD[:, :num_rows].to(q_XQD.dtype).reshape(n, num_kv_heads, t, -1, width)
+    return out_nHtGD.transpose(1, 2).reshape(q_XQD.shape).contiguous()
+
+
+def _padded(q_mRD: Tensor, tiles: AttentionTiles) -> Tensor:
+    num_rows = q_mRD.shape[1]
+    rows = tiles.rows.fit(num_rows)
+    assert rows is not None, "plan_attention cuts spans"
+    return q_mRD if rows == num_rows else pad(q_mRD, (0, 0, 0, rows - num_rows))
 
 
 def paged_attention_reference(
@@ -274,7 +280,7 @@ def paged_attention_reference(
     for s, context_len in enumerate(context_len_S):
         for t in range(query_start_S1[s], query_start_S1[s + 1]):
             position = context_len - (query_start_S1[s + 1] - t)
-            keys = range(_first_key(position, window), position + 1)
+            keys = range(0 if window is None else max(0, position - window + 1), position + 1)
             slots = [(int(block_table_SB[s, p // block_size]), p % block_size) for p in keys]
             kv_LCD = torch.stack([kv_NCbD[block, :, offset] for block, offset in slots]).double()
             for head in range(q_TQD.shape[1]):

@@ -13,6 +13,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from moestro.kernels.activations import sigmoid
+
 _MAX, _MIN = torch.iinfo(torch.int64).max, torch.iinfo(torch.int64).min
 _EPSILON = 1e-20  # saves sigmoid scores that are all zero from 0 / 0; too small to change a sum of probabilities
 
@@ -64,7 +66,9 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, spec: GateSpec) -> tuple[Ten
     if logits_TE.shape[0] == 0:  # of an idle rank; not every device's selection promises a result for no rows
         empty_TK = logits_TE.new_empty(0, spec.top_k, dtype=torch.float32)
         return empty_TK.to(torch.int64), empty_TK
-    scores_TE = torch.softmax(logits_TE, -1, dtype=torch.float32) if spec.score is Score.SOFTMAX else sigmoid(logits_TE)
+    scores_TE = (
+        torch.softmax(logits_TE, -1, dtype=torch.float32) if spec.score is Score.SOFTMAX else sigmoid(logits_TE.float())
+    )
     choice_TE = scores_TE if bias_E is None else (scores_TE + bias_E).nan_to_num_(nan=torch.inf)
     signed = bias_E is not None
     keys_TE = _keys(choice_TE, signed)
@@ -77,15 +81,6 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, spec: GateSpec) -> tuple[Ten
     if spec.scaling != 1.0:
         weights_TK *= spec.scaling
     return ids_TK, weights_TK
-
-
-def sigmoid(x: Tensor) -> Tensor:
-    """The logistic function in fp32, of each element on its own.
-
-    ``torch.sigmoid`` on a CPU computes what is left over after the last whole vector in another way than the rest, and
-    so an element by its place in the tensor; ``torch.exp`` does not, and the other operations are exact to the bit.
-    """
-    return x.float().neg().exp_().add_(1.0).reciprocal_()
 
 
 def _keys(scores_TN: Tensor, signed: bool) -> Tensor:

@@ -66,3 +66,39 @@ def test_an_expert_is_replaced_and_padding_stays_apart(device, dtype):
     got_RD = experts.apply(x_RD, counts_L)
     assert got_RD.shape == x_RD.shape
     assert torch.equal(got_RD[:6], fresh.apply(x_RD[:6], counts_L))
+
+
+def make(device, dtype, width=40, model_width=24):
+    generator = torch.Generator().manual_seed(5)
+
+    def fill(gate_up_2ID, down_DI):
+        gate_up_2ID.copy_(torch.randn(gate_up_2ID.shape, generator=generator))
+        down_DI.copy_(torch.randn(down_DI.shape, generator=generator))
+
+    experts = make_experts(ExpertShape(width, model_width, dtype, device), [fill] * 4)
+    return experts, torch.randn(200, model_width, generator=generator)
+
+
+def test_rows_beyond_the_counts_are_padding(device, dtype):
+    experts, x_RD = make(device, dtype)
+    x_RD = x_RD.to(device, dtype)
+    counts_L = torch.tensor([3, 0, 7, 1], device=device)
+    want = experts.apply(x_RD[:11], counts_L)
+    x_RD[11:] = float("nan")
+    got = experts.apply(x_RD[:30], counts_L)
+    assert got.shape == (30, 24)
+    assert torch.equal(got[:11], want)
+    assert experts.apply(x_RD[:30], torch.zeros_like(counts_L)).shape == (30, 24)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_does_not_depend_on_the_rows_beside_it(device, dtype, threads):
+    torch.set_num_threads(threads)
+    experts, x_RD = make(device, dtype)
+    x_RD = x_RD.to(device, dtype)
+    counts = [0, 150, 1, 49]
+    whole = experts.apply(x_RD, torch.tensor(counts, device=device))
+    torch.set_num_threads(1)
+    for row, expert in ((0, 1), (77, 1), (149, 1), (150, 2), (170, 3)):
+        counts_L = torch.tensor([int(e == expert) for e in range(4)], device=device)
+        assert torch.equal(experts.apply(x_RD[row : row + 1], counts_L), whole[row : row + 1]), row

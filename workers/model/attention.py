@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moestro.kernels.attention_tiles import AttentionTiles, attention_tiles
 from moestro.kernels.linear import Linear, empty_weight, make_linear
 from moestro.kernels.paged_attention import AttentionPlan, paged_attention, plan_attention, write_kv_
 from moestro.kernels.rms_norm import rms_norm
@@ -67,6 +68,7 @@ class Attention:
     out: Linear
     norm: HeadNorm | FullNorm | None
     tp: TensorParallel
+    tiles: AttentionTiles
 
     def forward(self, x_TM: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, plan: AttentionPlan, kv_NCbD: Tensor) -> Tensor:
         """y_TM; the new tokens' keys and values are left in the cache."""
@@ -85,10 +87,10 @@ class Attention:
         qk_TND[..., :rotary_dim].copy_(rotate(normed_TND[..., :rotary_dim], cos_T1D, sin_T1D))
         kv_TCD = qkv_TND[:, num_heads:]
         write_kv_(kv_NCbD, kv_TCD, plan)
-        out_TQD = paged_attention(qkv_TND[:, :num_heads], kv_TCD, kv_NCbD, plan, self.spec.scale)
+        out_TQD = paged_attention(qkv_TND[:, :num_heads], kv_NCbD, plan, self.spec.scale)
         return self.tp.sum(self.out.apply(out_TQD.view(num_tokens, -1)))
 
-    def plan(self, batch: Batch, tables: CacheTables, block_size: int, dtype: torch.dtype) -> AttentionPlan:
+    def plan(self, batch: Batch, tables: CacheTables, block_size: int) -> AttentionPlan:
         """What this step needs of this block and of all others of its group."""
         return plan_attention(
             batch.query_start_S1,
@@ -99,7 +101,7 @@ class Attention:
             num_kv_heads=self.heads.num_kv_heads,
             block_size=block_size,
             window=self.spec.window,
-            dtype=dtype,
+            tiles=self.tiles,
         )
 
     def cache(self, group: int) -> LayerCache:
@@ -132,7 +134,8 @@ def build_attention(
     out_bias = read(source, prefix + "o_proj.bias", hidden_size) if spec.out_bias and tp.rank == 0 else None
     width, first_column = heads.num_heads * dim, heads.first_head * dim
     out = read_linear(source, prefix + "o_proj.weight", hidden_size, width, column=first_column, bias_O=out_bias)
-    return Attention(spec, heads, qkv, out, _build_norm(spec, heads, eps, prefix, source, tp), tp)
+    tiles = attention_tiles(dim, heads.num_heads // heads.num_kv_heads, source.device)
+    return Attention(spec, heads, qkv, out, _build_norm(spec, heads, eps, prefix, source, tp), tp, tiles)
 
 
 def _build_norm(

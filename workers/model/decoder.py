@@ -80,10 +80,7 @@ class Decoder:
     def _plan(self, batch: Batch, cache: KVCache) -> list[AttentionPlan]:
         """One plan per group, made by the group's first layer: the layers of a group have the same attention."""
         first_G = {layer.group: layer.attention for layer in reversed(self.layers)}
-        return [
-            first_G[group].plan(batch, tables, cache.block_size, self.cache_spec.dtype)
-            for group, tables in enumerate(batch.tables_G)
-        ]
+        return [first_G[group].plan(batch, tables, cache.block_size) for group, tables in enumerate(batch.tables_G)]
 
     def _step_along(self, num_tokens_N: tuple[int, ...]) -> Tensor:
         """Takes part in the collectives of the expert-parallel group and in nothing else."""

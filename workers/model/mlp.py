@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moestro.kernels.grouped_experts import swiglu
+from moestro.kernels.activations import swiglu
 from moestro.kernels.linear import Linear, empty_weight, make_linear
 from moestro.router.parallel import TensorParallel
 from moestro.workers.model.sharding import even_shard

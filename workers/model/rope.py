@@ -43,8 +43,9 @@ class Rope:
         dim = self.spec.rotary_dim
         length_T1 = (positions_T1 + 1).clamp(min=scaling.max_position)
         growth_T1 = scaling.factor * length_T1 / scaling.max_position - (scaling.factor - 1)
-        base_T1 = self.spec.theta * growth_T1 ** (dim / (dim - 2))
-        return 1.0 / base_T1 ** _exponents(dim, positions_T1.device)
+        # Not ``**``, whose last bit depends on where in a vector an element stands; exp and log have no such tail.
+        log_base_T1 = math.log(self.spec.theta) + growth_T1.double().log() * (dim / (dim - 2))
+        return torch.exp(-log_base_T1 * _exponents(dim, positions_T1.device)).float()
 
 
 def make_rope(spec: RopeSpec, device: torch.device) -> Rope:

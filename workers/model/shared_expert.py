@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moestro.kernels.linear import Linear, PlainLinear
-from moestro.router.gate import sigmoid
+from moestro.kernels.activations import sigmoid
+from moestro.kernels.linear import Linear
 from moestro.router.parallel import NoTensorParallel
 from moestro.workers.model.mlp import DenseMlp, build_mlp
-from moestro.workers.model.weights import WeightSource, read
+from moestro.workers.model.weights import WeightSource, read_linear
 from moestro.workers.model_config import DenseSpec, SharedSpec
 
 
@@ -26,7 +26,7 @@ class GatedExpert:
 
     def forward(self, x_TM: Tensor) -> Tensor:
         """y_TM."""
-        return sigmoid(self.gate.apply(x_TM)).to(x_TM.dtype) * self.mlp.forward(x_TM)
+        return sigmoid(self.gate.apply(x_TM)) * self.mlp.forward(x_TM)
 
 
 SharedExpert = DenseMlp | GatedExpert
@@ -37,4 +37,4 @@ def build_shared_expert(spec: SharedSpec, hidden_size: int, prefix: str, source:
     mlp = build_mlp(DenseSpec(spec.width), hidden_size, prefix + "shared_expert.", source, NoTensorParallel())
     if not spec.gated:
         return mlp
-    return GatedExpert(mlp, PlainLinear(read(source, prefix + "shared_expert_gate.weight", 1, hidden_size)))
+    return GatedExpert(mlp, read_linear(source, prefix + "shared_expert_gate.weight", 1, hidden_size))
