@@ -22,7 +22,7 @@ sums in two (seen at 160 and 320 keys), in places that depend on their length.""
 _GRAIN = 32  # two vectors of 16: what softmax adds up in one go
 _MOST_ROWS = 256
 _BATCHES = (1, 2, 5)  # one product alone may be shared out among threads in another way than several
-_WIDENED_AT_ONCE = {"cpu": 1 << 20}
+_WIDENED_AT_ONCE = {"cpu": 1 << 19}
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,7 +122,8 @@ def test_a_rank_reads_its_own_experts_and_nothing_else_of_them(folder):
         held = layer.mlp.bank.experts.expert_L
         assert held[2:] == [None] * (len(held) - 2)
         for e, expert in zip(local, held, strict=False):
-            assert torch.equal(expert.down.weight_OI, tensors[f"model.layers.{index}.mlp.experts.{e}.down_proj.weight"])
+            weight = tensors[f"model.layers.{index}.mlp.experts.{e}.down_proj.weight"]
+            assert torch.equal(expert.down.apply(torch.eye(weight.shape[1], dtype=weight.dtype)), weight.T)
     kept = sum(t.nbytes for key, t in tensors.items() if key not in experts) + sum(t.nbytes for t in mine.values())
     assert seen[-1] == Progress(seen[-1].tensors_total, seen[-1].tensors_total, kept, kept)
     assert [p.tensors_done for p in seen] == list(range(1, len(tensors) - len(experts) + len(mine) + 1))
@@ -194,6 +195,11 @@ def large(tmp_path_factory):
     return folder
 
 
+TRIED_ROWS = 80 << 20
+"""What oneDNN compiles for the row counts tried at loading, and keeps for the requests to come: 0.6 MB for each of
+some 29 counts of each shape of weight, whatever the size of the model."""
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_peak_memory_stays_under_a_quarter_more_than_what_is_kept(large, dtype):
@@ -206,5 +212,5 @@ def test_peak_memory_stays_under_a_quarter_more_than_what_is_kept(large, dtype):
     )
     used = json.loads(done.stdout)
     assert used["keep"] > (190 << 20)
-    assert used["peak"] < 1.25 * used["keep"], used
+    assert used["peak"] < 1.25 * used["keep"] + TRIED_ROWS, used
     assert used["peak"] > 0.9 * used["keep"], f"the measurement sees too little: {used}"

@@ -1,0 +1,42 @@
+"""Numbers that are not numbers: which rows of a step have them, and where they began.
+
+Legend: T tokens of the step, t those of them that this rank routes, M model width, K experts per token.
+
+A NaN in a gate's scores stays in its row: that row's weights are NaN (``router/gate.py``), its hidden state is NaN from
+there on, and no other row reads it before its sequence has failed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class StepHealth:
+    """Watches one forward pass. Costs a reference a layer; nothing leaves the device before ``failures``."""
+
+    def __init__(self) -> None:
+        self._gates: list[tuple[int, int, Tensor]] = []
+        self._x_TM: Tensor | None = None
+
+    def saw_gate(self, layer: int, first_token: int, weights_tK: Tensor) -> None:
+        """The weights that a gate gave to the tokens from ``first_token`` on."""
+        self._gates.append((layer, first_token, weights_tK))
+
+    def saw_result(self, x_TM: Tensor) -> None:
+        """The hidden state after the last layer."""
+        self._x_TM = x_TM
+
+    def failures(self) -> dict[int, str]:
+        """By row: what is wrong with it; empty when all is well. Waits for the device. The same rows on every rank of a
+        tensor-parallel set; the layer is named on the one that routed the token."""
+        if self._x_TM is None or not bool((bad_T := self._x_TM.sum(-1).isnan()).any()):
+            return {}
+        rows: list[int] = bad_T.nonzero()[:, 0].tolist()
+        return {row: self._reason(row) for row in rows}
+
+    def _reason(self, row: int) -> str:
+        for layer, first, weights_tK in self._gates:
+            if 0 <= row - first < weights_tK.shape[0] and bool(torch.isnan(weights_tK[row - first, 0])):
+                return f"layer {layer}: the gate's scores are not numbers"
+        return "the hidden state is not a number after the last layer"
