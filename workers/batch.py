@@ -7,10 +7,11 @@ between prefill, decode and verification.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from moestro.workers.health import StepHealth
 from moestro.workers.hidden_trace import HiddenTrace
 
 
@@ -35,6 +36,7 @@ class Batch:
     tables_G: tuple[CacheTables, ...]
     logit_rows_R: Tensor  # int64 indices into T
     num_tokens_N: tuple[int, ...]  # tokens of this step on every rank of the group
+    health: StepHealth = field(default_factory=StepHealth)  # watches for what is not a number
     trace: HiddenTrace | None = None  # takes the hidden states in, when somebody asked
 
     @property

@@ -8,12 +8,11 @@ there on, and no other row reads it before its sequence has failed.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
 class StepHealth:
-    """Watches one forward pass. Costs a reference a layer; nothing leaves the device before ``failures``."""
+    """Watches one forward pass. Costs a reference a layer; nothing leaves the device before ``bad_rows``."""
 
     def __init__(self) -> None:
         self._gates: list[tuple[int, int, Tensor]] = []
@@ -27,16 +26,18 @@ class StepHealth:
         """The hidden state after the last layer."""
         self._x_TM = x_TM
 
-    def failures(self) -> dict[int, str]:
-        """By row: what is wrong with it; empty when all is well. Waits for the device. The same rows on every rank of a
-        tensor-parallel set; the layer is named on the one that routed the token."""
+    def bad_rows(self) -> list[int]:
+        """Rows whose hidden state is not a number after the last layer. Waits for the device. The same on every rank of
+        a tensor-parallel set."""
         if self._x_TM is None or not bool((bad_T := self._x_TM.sum(-1).isnan()).any()):
-            return {}
+            return []
         rows: list[int] = bad_T.nonzero()[:, 0].tolist()
-        return {row: self._reason(row) for row in rows}
+        return rows
 
-    def _reason(self, row: int) -> str:
+    def where(self, start: int, stop: int) -> str:
+        """In words, where the trouble of the tokens in these rows began. From their first bad gate it spreads to every
+        token that sees them, so the lowest layer is it. Known on the rank that routed that token."""
         for layer, first, weights_tK in self._gates:
-            if 0 <= row - first < weights_tK.shape[0] and bool(torch.isnan(weights_tK[row - first, 0])):
+            if bool(weights_tK[max(0, start - first) : max(0, stop - first), 0].isnan().any()):
                 return f"layer {layer}: the gate's scores are not numbers"
         return "the hidden state is not a number after the last layer"

@@ -5,6 +5,7 @@ Legend: N ranks of the group, R rows of logits, V vocabulary.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -17,7 +18,7 @@ from moestro.workers.batching import LogitRows, build_batch
 from moestro.workers.hidden_trace import HiddenTrace
 from moestro.workers.kv_cache import KVCache
 from moestro.workers.sampling.logprobs import prompt_logprobs
-from moestro.workers.sampling.sampler import SamplingRow, sample
+from moestro.workers.sampling.sampler import NOTHING_DRAWN, SamplingRow, sample
 from moestro.workers.scheduler_sequence import StepPlan
 
 
@@ -51,13 +52,27 @@ class Runner:
         """Computes a plan. ``num_tokens_N`` is what every rank of the group has planned for this step."""
         batch, rows = build_batch(plan, num_tokens_N, self.cache.block_size, self.device)
         logits_RV = self.model.forward(batch, self.cache)
-        return StepResult(_draw(logits_RV, rows), _prompt_logprobs(logits_RV, rows), _traces(plan, batch.trace))
+        sampled = _draw(logits_RV, rows)
+        sampled.update(_failures(plan, batch))
+        return StepResult(sampled, _prompt_logprobs(logits_RV, rows), _traces(plan, batch.trace))
 
 
 def _draw(logits_RV: Tensor, rows: LogitRows) -> dict[str, SampledToken]:
     sampling_rows = [SamplingRow(s.sampling, s.token_ids, s.num_prompt, len(s.token_ids)) for s, *_ in rows.samples]
     tokens_R = sample(logits_RV[: len(sampling_rows)], sampling_rows)
     return {span.sequence.sequence_id: token for span, token in zip(rows.samples, tokens_R, strict=True)}
+
+
+def _failures(plan: StepPlan, batch: Batch) -> dict[str, SampledToken]:
+    """The sequences with a hidden state that is not a number, whether they sample in this step or not."""
+    starts = batch.query_start_S1
+    spans = {bisect_right(starts, row) - 1 for row in batch.health.bad_rows()}
+    return {
+        plan.spans[s].sequence.sequence_id: SampledToken(
+            NOTHING_DRAWN, error=batch.health.where(starts[s], starts[s + 1])
+        )
+        for s in sorted(spans)
+    }
 
 
 def _prompt_logprobs(logits_RV: Tensor, rows: LogitRows) -> dict[str, tuple[TokenLogprobs, ...]]:

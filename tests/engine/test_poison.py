@@ -73,7 +73,39 @@ def test_one_that_is_cancelled_before_it_fails_leaves_nothing_either(folder: Pat
     poisoned = engine(folder)
     sampling = SamplingParams(temperature=0.0, max_tokens=4)
     assert poisoned.add(SequenceRequest("bad", tuple([POISON] * 40), sampling), 0.0) is None
-    poisoned.step(time.monotonic)  # a first chunk of 32 tokens
+    plan = poisoned.plan(0.0)  # a first chunk of 32 tokens
     poisoned.cancel("bad")
-    assert [delta.finish_reason for delta in poisoned.step(time.monotonic)] == [FinishReason.CANCELLED]
+    deltas = poisoned.run(plan, (plan.num_tokens,), time.monotonic)
+    assert [delta.finish_reason for delta in deltas] == [FinishReason.CANCELLED]
     assert run(poisoned, NEIGHBOURS) == run(engine(folder), NEIGHBOURS)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_gate_whose_scores_are_not_numbers_fails_one_request_and_names_the_layer(folder: Path, layer: int) -> None:
+    """Before anything is sampled: the poison is in the first of two chunks."""
+    poisoned = engine(folder)
+    expected = run(engine(folder), NEIGHBOURS)
+    gate = poisoned.runner.model.layers[layer].mlp.gate  # type: ignore[attr-defined]
+    healthy, victim = gate.linear, random_ids(40, seed=4)
+    broken_at: list[int] = []
+
+    class Broken:
+        """Not a number for the fourth token of the victim, by its place in the one step that it has to itself."""
+
+        out_features = healthy.out_features
+
+        def apply(self, x_TM: torch.Tensor) -> torch.Tensor:
+            logits_TE = healthy.apply(x_TM)
+            if x_TM.shape[0] == 32 and not broken_at:
+                broken_at.append(3)
+                logits_TE[3, 2] = float("nan")
+            return logits_TE
+
+    object.__setattr__(gate, "linear", Broken())
+    errors = []
+    assert poisoned.add(SequenceRequest("bad", tuple(victim), SamplingParams(max_tokens=4)), 0.0) is None
+    while poisoned.has_work:
+        errors += [delta.error for delta in poisoned.step(time.monotonic)]
+    assert broken_at
+    assert errors == [f"layer {layer}: the gate's scores are not numbers"]
+    assert run(poisoned, NEIGHBOURS) == expected

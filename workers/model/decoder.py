@@ -6,6 +6,7 @@ Legend: T tokens, N ranks of the group, M model width, R rows whose logits are w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -62,18 +63,22 @@ class Decoder:
         Collective: every rank of the group calls it once a step, an idle rank with a batch of zero tokens.
         """
         if batch.num_tokens == 0:
-            return self._step_along(batch.num_tokens_N)
+            return self._step_along(batch)
         routed_N = token_shares(batch.num_tokens_N, self.embedding.tp.size)
         plans_G = self._plan(batch, cache)
         cos_T1D, sin_T1D = self.rope.tables(batch.positions_T)
         x_TM = self.embedding.forward(batch.token_ids_T)
-        for layer, kv_NCbD in zip(self.layers, cache.layers, strict=True):
+        for index, (layer, kv_NCbD) in enumerate(zip(self.layers, cache.layers, strict=True)):
             h_TM = rms_norm(x_TM, layer.attention_norm_M, layer.eps)
             x_TM = x_TM + layer.attention.forward(h_TM, cos_T1D, sin_T1D, plans_G[layer.group], kv_NCbD)
             h_TM = rms_norm(x_TM, layer.mlp_norm_M, layer.eps)
-            x_TM = x_TM + layer.mlp.forward(h_TM, routed_N)
+            if isinstance(layer.mlp, MoeMlp):
+                x_TM = x_TM + layer.mlp.forward(h_TM, routed_N, partial(batch.health.saw_gate, index))
+            else:
+                x_TM = x_TM + layer.mlp.forward(h_TM)
             if batch.trace is not None:
                 batch.trace.take(x_TM)
+        batch.health.saw_result(x_TM)
         x_RM = rms_norm(x_TM.index_select(0, batch.logit_rows_R), self.norm_M, self.config.norm_eps)
         return self.head.forward(x_RM)
 
@@ -82,13 +87,13 @@ class Decoder:
         first_G = {layer.group: layer.attention for layer in reversed(self.layers)}
         return [first_G[group].plan(batch, tables, cache.block_size) for group, tables in enumerate(batch.tables_G)]
 
-    def _step_along(self, num_tokens_N: tuple[int, ...]) -> Tensor:
+    def _step_along(self, batch: Batch) -> Tensor:
         """Takes part in the collectives of the expert-parallel group and in nothing else."""
         x_TM = self.embedding.weight_vM.new_empty(0, self.config.hidden_size)
-        routed_N = token_shares(num_tokens_N, self.embedding.tp.size)
-        for layer in self.layers:
+        routed_N = token_shares(batch.num_tokens_N, self.embedding.tp.size)
+        for index, layer in enumerate(self.layers):
             if isinstance(layer.mlp, MoeMlp):
-                layer.mlp.forward(x_TM, routed_N)
+                layer.mlp.forward(x_TM, routed_N, partial(batch.health.saw_gate, index))
         return x_TM.new_empty(0, self.config.vocab_size, dtype=torch.float32)
 
 

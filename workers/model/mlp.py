@@ -26,8 +26,8 @@ class DenseMlp:
     down: Linear
     tp: TensorParallel
 
-    def forward(self, x_TM: Tensor, num_tokens_N: tuple[int, ...] = ()) -> Tensor:
-        """y_TM. Collective within the tensor-parallel set. What other ranks do is of no interest to a dense layer."""
+    def forward(self, x_TM: Tensor) -> Tensor:
+        """y_TM. Collective within the tensor-parallel set."""
         return self.tp.sum(self.down.apply(swiglu(self.gate_up.apply(x_TM))))
 
 

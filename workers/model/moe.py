@@ -9,8 +9,9 @@ no row crosses the wire twice, and the results are gathered within the set.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -30,6 +31,9 @@ from moestro.workers.model.weights import WeightSource
 from moestro.workers.model_config import MoeSpec
 
 Arrived = TypeVar("Arrived")
+
+SawGate = Callable[[int, Tensor], None]
+"""Told the weights that the gate gave to the tokens from a row on; see ``health.py``."""
 
 
 class ExpertBank:
@@ -79,16 +83,18 @@ class MoeMlp:
     transport: Transport[Any]
     tp: TensorParallel
 
-    def forward(self, x_TM: Tensor, num_tokens_N: tuple[int, ...]) -> Tensor:
+    def forward(self, x_TM: Tensor, num_tokens_N: tuple[int, ...], saw_gate: SawGate) -> Tensor:
         """y_TM. Collective within the whole group: to be called with zero tokens too. ``num_tokens_N`` is what each
         rank routes (see ``token_shares``), the same on all."""
         if self.tp.size == 1:
-            return self._route(x_TM, num_tokens_N)
+            return self._route(x_TM, num_tokens_N, partial(saw_gate, 0))
         start, stop = token_shard(x_TM.shape[0], self.tp.rank, self.tp.size)
-        return _gather_tokens(self._route(x_TM[start:stop], num_tokens_N), x_TM.shape[0], self.tp)
+        y_tM = self._route(x_TM[start:stop], num_tokens_N, partial(saw_gate, start))
+        return _gather_tokens(y_tM, x_TM.shape[0], self.tp)
 
-    def _route(self, x_tM: Tensor, num_tokens_N: tuple[int, ...]) -> Tensor:
+    def _route(self, x_tM: Tensor, num_tokens_N: tuple[int, ...], saw_weights: Callable[[Tensor], None]) -> Tensor:
         ids_tK, weights_tK = self.gate.route(x_tM)
+        saw_weights(weights_tK)
         slots_tK = assign(ids_tK, self.bank.layout)
         num_parts = self.transport.num_parts(num_tokens_N)
         shards = [slice(*token_shard(x_tM.shape[0], part, num_parts)) for part in range(num_parts)]

@@ -37,7 +37,7 @@ _ERRORS = {
     _ALL_MINUS_INF: "the model's logits are all -Inf",
     _EDITED_AWAY: "logit_bias, penalties and min_tokens left no finite largest logit",
 }
-_NOTHING_DRAWN = -1
+NOTHING_DRAWN = -1
 _LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny  # smaller ones would divide zero by zero
 _LEAST_WIDTH = 16
 _SCRATCH_ELEMENTS = {"cpu": 1 << 17}
@@ -179,4 +179,4 @@ def _with_logprobs(
 
 
 def _failed(code: int) -> SampledToken:
-    return SampledToken(_NOTHING_DRAWN, error=_ERRORS[code])
+    return SampledToken(NOTHING_DRAWN, error=_ERRORS[code])
