@@ -101,10 +101,9 @@ def group_message(group: GroupEntry, loads: dict[str, EngineLoad]) -> pb.Group:
     message = pb.Group(name=group.name, dp=group.dp, tp=group.tp, epoch=group.epoch)
     for number, rank in enumerate(group.ranks):
         # A tensor-parallel peer does what its leader does, so the leader's load is its load too.
-        leader = group.ranks[number - number % group.tp]
-        load = loads.get(leader.address, EngineLoad())
+        load = loads.get(group.leader(number).address, EngineLoad())
         message.ranks.add(
-            name=f"{group.name} rank {number}",
+            name=group.rank_name(number),
             dp_rank=rank.dp_rank,
             tp_rank=rank.tp_rank,
             state=_STATES[rank.state],

@@ -56,10 +56,14 @@ def serve(
 
 def _serve(config: Config, console: Console) -> None:
     from moestro.cluster.serving.launch import running_cluster
+    from moestro.cluster.serving.rank_spec import rank_spec
     from moestro.workers.checkpoint import check_tokenizer, open_checkpoint
+    from moestro.workers.rebalancing.setup import start_placements
 
-    open_checkpoint(config.model.path)  # a bad checkpoint is refused before anything is started
+    # What cannot be served is refused before anything is started.
+    checkpoint = open_checkpoint(config.model.path)
     check_tokenizer(config.model.path)
+    start_placements(rank_spec(config).experts, checkpoint.config, config.cluster.dp * config.cluster.tp)
     _interrupt_once()
     try:
         with LoadingProgress(console) as progress, running_cluster(config, progress.show) as running:

@@ -25,6 +25,9 @@ from moestro.cluster.client import Client
 from moestro.cluster.client_results import RankStatus
 from moestro.cluster.serving.ports import check_port
 from moestro.protos.errors import ContextOverflow, Unavailable, UnknownModel
+from moestro.router.random_placement import random_placement
+from moestro.workers.checkpoint import open_checkpoint
+from moestro.workers.rebalancing.setup import ExpertsSpec, start_placements
 
 PROMPT = [5, 17, 200, 33, 71, 9]
 HEALTH = health_pb2.HealthCheckResponse
@@ -173,6 +176,36 @@ def test_the_command_line_against_it(server: Server) -> None:
     assert said.stdout.endswith("\n")
     shown = run(server.home, "status", "--address", server.address, "--json")
     assert [group["name"] for group in json.loads(shown.stdout)["groups"]] == ["group-0"]
+
+
+def test_answers_are_the_same_while_experts_move(server: Server) -> None:
+    arguments = ["--requests", 4, "--perturbation", "crowd", "--perturbation", "rebalanced", "--json"]
+    said = run(server.home, "verify", "--address", server.address, *arguments)
+    assert said.returncode == 0, said.stdout + said.stderr
+    rows = {row["perturbation"]: row for row in json.loads(said.stdout)["perturbations"]}
+    assert rows["rebalanced"]["applies"], rows
+    assert rows["rebalanced"]["equal"]
+    assert rows["rebalanced"]["tokens"] > 0
+
+
+def test_experts_are_shown_moved_and_saved(server: Server, client: Client, checkpoint: Path, tmp_path: Path) -> None:
+    address = ["--address", server.address]
+    moved = run(server.home, "experts", "move", "--random", 5, "--no-rebalance", *address)
+    assert moved.returncode == 0, moved.stderr
+    config = open_checkpoint(checkpoint).config
+    wanted = [random_placement(config.num_experts, 2, -(-config.num_experts // 2), f"5 {layer}").slots
+              for layer in range(config.num_moe_layers)]  # fmt: skip
+    until(lambda: [layer.slots for layer in client.experts()[0].report.layers] == wanted)
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    answer = client.generate(PROMPT, max_tokens=24, temperature=0.0, ignore_eos=True)
+    assert list(answer.choices[0].token_ids) == reference_greedy(model, PROMPT, 24)
+    file = tmp_path / "placement.json"
+    assert run(server.home, "experts", "save", file, *address).returncode == 0
+    spec = ExpertsSpec(placement_file=str(file))
+    assert [placement.slots for placement in start_placements(spec, config, 2)] == wanted
+    shown = run(server.home, "experts", *address)
+    assert "balance" in shown.stdout, shown.stderr
+    assert "operator" in shown.stdout
 
 
 def test_the_dashboard_shows_names_a_person_understands(server: Server) -> None:

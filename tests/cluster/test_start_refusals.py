@@ -14,6 +14,9 @@ from tests.cluster.servers import free_port, run
 from moestro.cluster.serving.ports import check_port
 from moestro.cluster.serving.reasons import reason_in
 from moestro.protos.errors import ConfigError
+from moestro.router.placement import spread
+from moestro.router.placement_file import Shape, save_placements
+from moestro.workers.checkpoint import open_checkpoint
 
 QUICK_S = 20.0  # on a machine where nothing else runs: two or three
 
@@ -72,6 +75,15 @@ def test_a_config_file_that_cannot_be_used(content: bytes | None, reason: str, t
     if content is not None:
         file.write_bytes(content)
     refused(tmp_path, reason, "serve", "--config", file)
+
+
+def test_a_placement_of_another_group(checkpoint: Path, tmp_path: Path) -> None:
+    config = open_checkpoint(checkpoint).config
+    shape = Shape(config.architecture, config.num_moe_layers, config.num_experts, 4, -(-config.num_experts // 4))
+    save_placements(tmp_path / "old.json", shape, [spread(config.num_experts, 4)] * config.num_moe_layers)
+    settings = tmp_path / "serve.toml"
+    settings.write_text(f'[experts]\nplacement = "{tmp_path / "old.json"}"\n')
+    refused(tmp_path, "old.json: world_size must be 2", "serve", checkpoint, "--config", settings, "--dp", 2)
 
 
 def test_nothing_listens(tmp_path: Path) -> None:
