@@ -36,6 +36,8 @@ class Measured:
     tokens: int  # prompt and output, of sequences that ended
     seconds: float
     gaps: list[float]
+    observing_s: float  # in counting, gathering and deciding, waits for the other ranks included
+    steps_s: float
 
 
 class Group:
@@ -107,7 +109,9 @@ def _rank(
     rank_spec = RankSpec(**spec, shape=GroupShape(size), threads=1, experts=experts)
     built = build_rank(rank_spec, GroupPlace(rank, 0, StoreAddress(host, port)))
     module, _, name = prompts.partition(":")
-    clients = _Clients(built.loop, getattr(import_module(module), name), random.Random(f"{seed} {rank}"))
+    observing = _Stopwatch(built.loop._experts)
+    built.loop._experts = observing  # type: ignore[assignment]
+    clients = _Clients(built.loop, observing, getattr(import_module(module), name), random.Random(f"{seed} {rank}"))
     thread = threading.Thread(target=built.loop.run, args=(clients.publish,))
     thread.start()
     pipe.send("ready")
@@ -129,11 +133,43 @@ class _Open:
     heard_at: float | None = None  # when its last token came
 
 
+class _Stopwatch:
+    """A rank's part in observing and moving experts, timed."""
+
+    def __init__(self, experts: Any) -> None:
+        self._experts = experts
+        self._spent_s = self._steps_s = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._experts, name)
+
+    def note(self) -> Any:
+        return self._timed(self._experts.note)
+
+    def turn(self, agreement: Any) -> None:
+        self._timed(self._experts.turn, agreement)
+
+    def stepped(self, seconds: float, num_tokens: int) -> None:
+        self._steps_s += seconds
+        self._timed(self._experts.stepped, seconds, num_tokens)
+
+    def take(self) -> tuple[float, float]:
+        """Seconds spent, and seconds of steps, since the last call."""
+        spent, self._spent_s, self._steps_s = (self._spent_s, self._steps_s), 0.0, 0.0
+        return spent
+
+    def _timed(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        started = time.perf_counter()
+        result = call(*arguments)
+        self._spent_s += time.perf_counter() - started
+        return result
+
+
 class _Clients:
     """Keeps a number of requests in flight at one rank."""
 
-    def __init__(self, loop: Any, prompts: Prompts, rng: random.Random) -> None:
-        self._loop, self._prompts, self._rng = loop, prompts, rng
+    def __init__(self, loop: Any, observing: _Stopwatch, prompts: Prompts, rng: random.Random) -> None:
+        self._loop, self._observing, self._prompts, self._rng = loop, observing, prompts, rng
         self._lock = threading.Lock()
         self._phase: Phase | None = None
         self._open: dict[str, _Open] = {}
@@ -144,13 +180,15 @@ class _Clients:
     def run(self, phase: Phase) -> Measured:
         with self._lock:
             self._phase, self._tokens, self._gaps = phase, 0, []
+            self._observing.take()
             self._none_open.clear()
             for _ in range(phase.in_flight):
                 self._submit(phase)
         started = time.perf_counter()
         time.sleep(phase.seconds)
         with self._lock:
-            measured = Measured(self._tokens, time.perf_counter() - started, self._gaps)
+            seconds = time.perf_counter() - started
+            measured = Measured(self._tokens, seconds, self._gaps, *self._observing.take())
             self._phase = None
         self._none_open.wait()
         return measured

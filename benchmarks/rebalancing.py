@@ -43,6 +43,7 @@ def figures(measured: list[Measured]) -> dict[str, float]:
     return {
         "tokens_per_s": sum(one.tokens / one.seconds for one in measured),
         "p99_itl_s": statistics.quantiles(gaps, n=100)[98] if len(gaps) > 1 else 0.0,
+        "observing_share": sum(one.observing_s for one in measured) / sum(one.steps_s for one in measured),
     }
 
 
@@ -77,6 +78,7 @@ def main(
                     with_it, without = figures(on.run(phase)), figures(off.run(phase))
                     row = {"with": with_it["tokens_per_s"], "without": without["tokens_per_s"]}
                     row["ratio"] = row["with"] / row["without"]
+                    row["observing_share"] = with_it["observing_share"]
                     row["p99_itl_ratio"] = with_it["p99_itl_s"] / without["p99_itl_s"]
                     rows.setdefault(f"{name}, {part}", []).append(row)
                     console.print(f"round {turn + 1}, {name}, {part}: {row['ratio']:.2f}", highlight=False)
@@ -84,7 +86,9 @@ def main(
                 moved.setdefault(name, []).append({"moved_bytes": float(bytes_moved)})
         reports = {"with": on.report(), "without": off.report()}
     results = {name: spread(some) for name, some in rows.items()}
-    table = Table("phase", "with", "without", "ratio", "range", "p99 ITL ratio", title="tokens/s, four ranks")
+    table = Table(
+        "phase", "with", "without", "ratio", "range", "p99 ITL ratio", "observing", title="tokens/s, four ranks"
+    )
     for name, figure in results.items():
         ratio = figure["ratio"]
         table.add_row(
@@ -94,6 +98,7 @@ def main(
             f"{ratio['median']:.2f}",
             f"{ratio['min']:.2f} to {ratio['max']:.2f}",
             f"{figure['p99_itl_ratio']['median']:.2f}",
+            f"{figure['observing_share']['median']:.2%}",
         )
     console.print(table)
     for name, figure in moved.items():

@@ -18,7 +18,7 @@ EXPERTS = 16
 _STRENGTH = 6.0  # of the theme in an embedding whose other numbers are of size 1
 
 
-def checkpoint(folder: Path, seed: int = 0, *, hidden: int = 512, width: int = 1024, layers: int = 4) -> Path:
+def checkpoint(folder: Path, seed: int = 0, *, hidden: int = 512, width: int = 3072, layers: int = 4) -> Path:
     """The folder of the checkpoint, bf16, written by transformers on first use."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 

@@ -36,11 +36,14 @@ OFF = Config(enabled=False)
 class Server:
     """One rank of a group with a client of its own."""
 
-    def __init__(self, rank: int, size: int, address: StoreAddress, model: str, experts: ExpertsSpec, tp: int = 1):
+    def __init__(
+        self, rank: int, size: int, address: StoreAddress, model: str, experts: ExpertsSpec, tp: int = 1,
+        kv_bytes: int = 2**20,
+    ) -> None:  # fmt: skip
         torch.set_num_threads(1)
         spec = RankSpec(
-            model=model, device="cpu", threads=1, kv_bytes=2**20, shape=GroupShape(size // tp, tp), block_size=4,
-            max_num_sequences=8, max_num_tokens=16, experts=experts,
+            model=model, dtype="float32", device="cpu", threads=1, kv_bytes=kv_bytes, shape=GroupShape(size // tp, tp),
+            block_size=4, max_num_sequences=8, max_num_tokens=16, experts=experts,
         )  # fmt: skip
         self.rank, self.size = rank, size
         self.built: BuiltRank = build_rank(spec, GroupPlace(rank, 0, address))
@@ -261,3 +264,27 @@ def _answer(server: Server, name: str) -> list[Any]:
     answer = server.finish(name)
     server.all_here(f"answered {name}")
     return answer
+
+
+def to_the_end(
+    rank: int, world_size: int, address: StoreAddress, model: str, prompts: list[list[int]], eos: list[int],
+    redundant: int,
+) -> dict[str, list[int]]:  # fmt: skip
+    """Greedy answers until the model itself ends them, with replicas, at random places that change half way."""
+    spec = ExpertsSpec(redundant=redundant, rebalance=OFF)
+    server = Server(rank, world_size, address, model, spec, kv_bytes=2**24)
+    if rank == 0:
+        server.loop.request_placement(PlacementRequest(random_seed=8))
+    replicas = server.await_report(lambda r: r.rebalancer.switched_layers == len(r.layers)).layers[0].slots
+    assert any(sum(of_rank.count(e) for of_rank in replicas) > 1 for e in range(8)), "nothing is replicated"
+    server.all_here("ready")
+    mine = {n: p for n, p in enumerate(prompts) if n % world_size == rank}
+    for n, prompt in mine.items():
+        sampling = SamplingParams(temperature=0.0, repetition_penalty=1.3, max_tokens=300, eos_token_ids=tuple(eos))
+        server.start(f"{n}", prompt, sampling)
+    if rank == 0:
+        server.loop.request_placement(PlacementRequest(random_seed=9))
+    answers = {str(n): server.finish(f"{n}")[0] for n in mine}
+    server.all_here("answered")
+    server.stop()
+    return answers

@@ -8,9 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 from benchmarks.small_models import make_model, random_ids, save_model
 from tests.distributed.processes import run_processes, start_process
 
+from moestro.demo.paths import MODEL_DIR
 from moestro.router.mesh import serve_store
 
 RANKS = "tests.distributed.rebalancing_ranks"
@@ -42,6 +45,27 @@ def test_answers_do_not_depend_on_where_experts_are_or_that_they_move(
     if tp == 1:
         spread_out = {n: answer for of_rank in ranks for n, answer in of_rank["answers"][0].items()}
         assert spread_out == alone["answers"][0]
+
+
+def test_replicated_experts_say_what_transformers_says_until_it_ends() -> None:
+    """To the end-of-sequence token that the demo model was trained to give: a benchmark that ignores it hid corrupted
+    answers from another project for weeks."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL_DIR)
+    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
+    texts = ["def is_even(n):\n", "def square(x):\n", "class Error(Exception):\n", "def f(x):\n    return x\n"]
+    prompts = [tokenizer(text)["input_ids"] for text in texts]
+    eos: list[int] = model.generation_config.eos_token_id
+    expected = {}
+    for n, prompt in enumerate(prompts):
+        with torch.inference_mode():
+            ids = model.generate(
+                torch.tensor([prompt]), max_new_tokens=300, do_sample=False, pad_token_id=0, repetition_penalty=1.3
+            )
+        expected[str(n)] = ids[0, len(prompt) :].tolist()
+    assert [answer[-1] in eos for answer in expected.values()] == [True, True, True, False], "other prompts are needed"
+    kwargs = {"model": str(MODEL_DIR), "prompts": prompts, "eos": eos}
+    ranks = run_processes(f"{RANKS}:to_the_end", 4, {**kwargs, "redundant": 8}, timeout_s=120)
+    assert {n: answer for of_rank in ranks for n, answer in of_rank.items()} == expected
 
 
 @pytest.mark.parametrize("kill_after", [0, 1])
