@@ -28,9 +28,9 @@ from benchmarks.themed_model import checkpoint, prompt
 from rich.console import Console
 from rich.table import Table
 
-PROMPT, OUTPUT, IN_FLIGHT, RANKS = 96, 8, 4, 4
+PROMPT, OUTPUT, IN_FLIGHT, RANKS = 192, 8, 4, 4
 # A phase lasts seconds here and not hours, so everything that is told in seconds is shorter than by default.
-QUICK = {"window_s": 4.0, "interval_s": 2.0, "horizon_s": 60.0, "settle_s": 3.0, "backoff_s": 20.0, "bytes_per_s": 64e6}
+QUICK = {"window_s": 8.0, "interval_s": 2.0, "horizon_s": 90.0, "settle_s": 4.0, "backoff_s": 20.0, "bytes_per_s": 64e6}
 PHASES: dict[str, tuple[int, ...]] = {"theme 0": (0,), "theme 3": (3,), "all themes": (0, 1, 2, 3)}
 
 
@@ -53,7 +53,7 @@ def _mib(rows: list[dict[str, float]]) -> str:
 
 def main(
     rounds: Annotated[int, typer.Option(min=1)] = 3,
-    shift_s: Annotated[float, typer.Option(help="Seconds after a shift, counted apart.")] = 15.0,
+    shift_s: Annotated[float, typer.Option(help="Seconds after a shift, counted apart.")] = 25.0,
     settled_s: Annotated[float, typer.Option(help="Seconds of a phase once it has settled.")] = 10.0,
     seed: int = 0,
     folder: Annotated[Path, typer.Option(help="Where checkpoints are kept.")] = Path(".cache/checkpoints"),
