@@ -72,7 +72,7 @@ class RankLoop:
         return self._experts.report()
 
     def request_placement(self, request: PlacementRequest) -> None:
-        """Asks the whole group to move its experts. Thread safe; raises InvalidRequest when it cannot be done."""
+        """Asks the whole group to move its experts. Thread safe; raises ValueError when it cannot be done."""
         self._experts.request(request)
 
     def close(self) -> None:

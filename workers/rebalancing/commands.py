@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-from moestro.protos.errors import FieldViolation, InvalidRequest
 from moestro.protos.experts import PlacementRequest
 from moestro.router.placement import Placement, spread
 from moestro.router.random_placement import random_placement
@@ -23,8 +22,9 @@ def decode(data: bytes) -> PlacementRequest:
 
 
 def wanted_placements(request: PlacementRequest, present: tuple[Placement, ...]) -> tuple[Placement, ...] | None:
-    """The placements that a request asks for, None for none. Raises InvalidRequest when they do not fit the present
-    ones: other layers, ranks, slots or experts, or no placement at all."""
+    """The placements that a request asks for, None for none. Raises ValueError when they cannot take the place of the
+    present ones: other layers, ranks, slots or experts, or no placement at all. (Who speaks to operators has checked
+    that before, and can name the field.)"""
     if request.even:
         return tuple(spread(p.num_experts, p.num_ranks, p.capacity) for p in present)
     if request.random_seed is not None:
@@ -34,20 +34,11 @@ def wanted_placements(request: PlacementRequest, present: tuple[Placement, ...])
         )
     if request.layers is None:
         return None
-    if len(request.layers) != len(present):
-        raise _refused("experts.layers", f"must be {len(present)} mixture layers, are {len(request.layers)}")
-    placements = []
-    for layer, (slots, p) in enumerate(zip(request.layers, present, strict=True)):
-        field = f"experts.layers[{layer}]"
-        shape = [len(of_rank) for of_rank in slots]
-        if shape != [p.capacity] * p.num_ranks:
-            raise _refused(field, f"must be {p.num_ranks} ranks of {p.capacity} slots, are {shape}")
-        try:
-            placements.append(Placement(p.num_experts, slots))
-        except ValueError as error:
-            raise _refused(field, str(error)) from None
-    return tuple(placements)
-
-
-def _refused(field: str, reason: str) -> InvalidRequest:
-    return InvalidRequest([FieldViolation(field, reason)])
+    placements = tuple(Placement(p.num_experts, slots) for p, slots in zip(present, request.layers, strict=True))
+    for layer, (new, old) in enumerate(zip(placements, present, strict=True)):
+        if (new.num_ranks, new.capacity) != (old.num_ranks, old.capacity):
+            raise ValueError(
+                f"layers[{layer}]: must be {old.num_ranks} ranks of {old.capacity} slots, is {new.num_ranks} of "
+                f"{new.capacity}"
+            )
+    return placements

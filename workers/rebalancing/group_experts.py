@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from moestro.protos.errors import FieldViolation, InvalidRequest
 from moestro.protos.experts import ExpertsReport, PlacementRequest
 from moestro.router.assign import lay_out
 from moestro.router.placement import EMPTY, Placement
@@ -105,7 +104,7 @@ class GroupExperts:
             intents += self._observe(now_s)
         for intent in intents:
             self._carry_out(intent)
-        if intents:
+        if intents or any(note.command_bytes for note in agreement.notes):
             self._reporter.publish(self._rebalancer, now_s)
 
     def stepped(self, seconds: float, num_tokens: int) -> None:
@@ -118,7 +117,7 @@ class GroupExperts:
         return self._reporter.report()
 
     def request(self, request: PlacementRequest) -> None:
-        """Asks the whole group for a placement. Raises InvalidRequest when it does not fit."""
+        """Asks the whole group for a placement. Raises ValueError when it does not fit."""
         wanted_placements(request, self._placements)
         with self._lock:
             self._commands.append(encode(request))
@@ -219,7 +218,7 @@ class NoExperts:
         return ExpertsReport(self._architecture, 0, 0, 0.0, (), ())
 
     def request(self, request: PlacementRequest) -> None:
-        raise InvalidRequest([FieldViolation("placement", f"{self._architecture} has no mixture layers")])
+        raise ValueError(f"{self._architecture} has no mixture layers")
 
     def close(self) -> None:
         pass
