@@ -44,17 +44,22 @@ class _Snapshot:
 class Reporter:
     """``saw`` and ``publish`` belong to the engine's thread, ``report`` to any."""
 
-    def __init__(self, architecture: str, layers: Sequence[int], window_s: float) -> None:
+    def __init__(
+        self, architecture: str, layers: Sequence[int], placements: tuple[Placement, ...], window_s: float
+    ) -> None:
         """``layers``: of the decoder, those with a mixture."""
         self._architecture = architecture
         self._layers = tuple(layers)
         self._window_s = window_s
+        self._placements, self._tables = placements, tabulate(placements)
         self._seen: deque[_Seen] = deque()
         self._snapshot: _Snapshot | None = None
 
-    def saw(self, observation: Observation, placements: Sequence[Placement], slowest_steps: Sequence[int]) -> None:
+    def saw(self, observation: Observation, placements: tuple[Placement, ...], slowest_steps: Sequence[int]) -> None:
         """Adds what came since the last observation, under the placements it was computed by."""
-        loads_LE = loads_by_expert(tabulate(placements), observation.rows_LRC)
+        if placements is not self._placements:  # tables take milliseconds to make, and placements seldom change
+            self._placements, self._tables = placements, tabulate(placements)
+        loads_LE = loads_by_expert(self._tables, observation.rows_LRC)
         self._seen.append(_Seen(observation, loads_LE, tuple(slowest_steps)))
         while self._seen[0].observation.now < observation.now - self._window_s:
             self._seen.popleft()

@@ -63,7 +63,7 @@ def group_experts(
     placements = tuple(bank.layout.placement for bank in banks.values())
     shape = next(iter(banks.values())).experts.shape
     rebalancer = Rebalancer(spec.rebalance, placements, shape.num_bytes)
-    reporter = Reporter(model.config.architecture, tuple(banks), spec.rebalance.window_s)
+    reporter = Reporter(model.config.architecture, tuple(banks), placements, spec.rebalance.window_s)
     num_ranks = placements[0].num_ranks
     topology = Topology.regular(num_ranks, spec.ranks_per_node or num_ranks)
     solve = partial(_solve, topology, placements[0].capacity, model.config.num_expert_groups)
