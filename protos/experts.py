@@ -39,10 +39,10 @@ class RebalanceDecision:
     """One decision of the rebalancer, carried out or not."""
 
     age_s: float
-    trigger: str  # load, operator, undo
+    trigger: str  # auto, operator, undo
     layers: tuple[int, ...]  # of the decoder
     reason: str
-    outcome: str  # refused, moving, kept, undone, cancelled
+    outcome: str  # refused, loading, settling, kept, undone, cancelled
     num_bytes: int = 0  # to be loaded by the rank that loads most
     predicted_gain_s: float = 0.0  # over the horizon
     predicted_cost_s: float = 0.0

@@ -17,7 +17,14 @@ LAST_DECISIONS = 8
 BAR = 24  # columns of the busiest expert's bar
 _BESIDE = 36  # columns that a heat map needs for what stands beside it
 
-_OUTCOMES = {"kept": "green", "moving": "cyan", "undone": "yellow", "cancelled": "yellow", "refused": "dim"}
+_OUTCOMES = {
+    "kept": "green",
+    "loading": "cyan",
+    "settling": "cyan",
+    "undone": "yellow",
+    "cancelled": "yellow",
+    "refused": "dim",
+}
 
 
 def overview(group: GroupExperts, width: int) -> RenderableType:

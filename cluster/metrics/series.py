@@ -18,7 +18,7 @@ from moestro.cluster.client_results import ClusterStatus, GroupExperts, GroupSta
 from moestro.protos.experts import LayerExperts
 
 EXTREMES = 3  # experts of a layer at either end
-OUTCOMES = ("refused", "moving", "kept", "undone", "cancelled")
+OUTCOMES = ("refused", "loading", "settling", "kept", "undone", "cancelled")
 
 Samples = Iterable[tuple[tuple[str, ...], float]]  # label values and value
 

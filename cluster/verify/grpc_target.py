@@ -55,7 +55,7 @@ class GrpcTarget:
         if len(response.groups) != 1:
             raise NotApplicable(f"the server says nothing of the experts of {group}")
         found = response.groups[0]
-        is_moving = any(decision.outcome == "moving" for decision in found.decisions)
+        is_moving = any(decision.outcome == "loading" for decision in found.decisions)
         return ExpertState(found.rebalancer.switched_layers, is_moving)
 
     async def set_placement(self, group: str, random_seed: int | None) -> None:

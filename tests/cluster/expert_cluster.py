@@ -36,7 +36,7 @@ DENSE = ExpertsReport("DenseModel", 0, 0, 0.0, (), (RankExperts(0, 0, 0.0, 0.0, 
 DECISIONS = (
     RebalanceDecision(95.0, "load", (1,), "gain below cost", "refused", 0, 0.01, 0.05, times=4),
     RebalanceDecision(61.5, "load", (1, 2), "layer 1 is uneven", "kept", 3 * 2**20, 2.5, 0.25, 0.004, 2.25),
-    RebalanceDecision(3.0, "operator", (2,), "asked for", "moving", 2**20),
+    RebalanceDecision(3.0, "operator", (2,), "asked for", "loading", 2**20),
 )
 
 

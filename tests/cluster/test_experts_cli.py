@@ -93,7 +93,7 @@ def test_one_layer_in_detail(it: Cluster) -> None:
 def test_the_ledger_alone(it: Cluster) -> None:
     text = shown(experts(it, "--group", "group-0", "--decisions"))
     assert "ranks" not in text.replace("4 ranks", "")
-    assert [outcome in text for outcome in ("refused", "kept", "moving")] == [True] * 3
+    assert [outcome in text for outcome in ("refused", "kept", "loading")] == [True] * 3
     assert "gain below cost (4 times in a row)" in text
     assert text.count("realised") == 1  # what was not measured is not shown as zero
 
@@ -108,7 +108,7 @@ def test_json_is_the_full_matrix(it: Cluster, tmp_path: Path) -> None:
     for got, layer in zip(group["layers"], REPORT.layers, strict=True):
         assert (got["layer"], tuple(got["load"]), got["balancedness"]) == (layer.layer, layer.load, layer.balancedness)
         assert tuple(map(tuple, got["slots"])) == layer.slots
-    assert [each["outcome"] for each in group["decisions"]] == ["refused", "kept", "moving"]
+    assert [each["outcome"] for each in group["decisions"]] == ["refused", "kept", "loading"]
     nowhere = experts(it, "--json", str(tmp_path / "no" / "file"))
     assert isinstance(nowhere.exception, ConfigError)
 

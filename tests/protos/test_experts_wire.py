@@ -39,7 +39,7 @@ def reports(draw: st.DrawFn) -> ExpertsReport:
         st.sampled_from(["load", "operator", "undo"]),
         st.lists(SMALL, max_size=4).map(tuple),
         st.text(max_size=20),
-        st.sampled_from(["refused", "moving", "kept", "undone", "cancelled"]),
+        st.sampled_from(["refused", "loading", "settling", "kept", "undone", "cancelled"]),
         COUNT,
         TIME,
         TIME,

@@ -22,7 +22,7 @@ class Server(pb_grpc.ClusterServiceServicer):
     def __init__(self, refusal: grpc.StatusCode | None = None) -> None:
         self.refusal = refusal
         self.asked: list[pb.SetPlacementRequest] = []
-        self.outcome = "moving"
+        self.outcome = "loading"
 
     async def GetExperts(self, request: pb.GetExpertsRequest, context: Any) -> pb.GetExpertsResponse:
         group = pb.GroupExperts(
