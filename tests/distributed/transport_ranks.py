@@ -205,7 +205,11 @@ def check_mixture_layer(rank: int, world_size: int, address: StoreAddress, model
                     generator = torch.Generator().manual_seed(rank + 10 * sum(num_tokens))
                     x_TM = torch.randn(num_tokens[rank], config.hidden_size, generator=generator)
                     y_TM = layer.forward(x_TM, num_tokens, unwatched)
-                    assert torch.equal(y_TM, alone.forward(x_TM, (len(x_TM),), unwatched)), (kind, two_batches_from, num_tokens)
+                    assert torch.equal(y_TM, alone.forward(x_TM, (len(x_TM),), unwatched)), (
+                        kind,
+                        two_batches_from,
+                        num_tokens,
+                    )
                     if num_tokens == (5, 0, 2):
                         seen["dispatches"][str(two_batches_from or 1)] = len(counted.calls)
                 seen |= {"wait_s": layer.bank.wait_s, "compute_s": layer.bank.compute_s}
