@@ -115,7 +115,9 @@ def _attention(block: Attention) -> Any:
 def _mlp(mlp: Any) -> Any:
     if isinstance(mlp, DenseMlp):
         return replace(mlp, gate_up=AnyRows(mlp.gate_up), down=AnyRows(mlp.down))
-    bank: ExpertBank = mlp.bank
-    experts = AnyRowsExperts(tuple(Expert(AnyRows(each.gate_up), AnyRows(each.down)) for each in bank.experts.expert_L))
+    bank = mlp.bank
+    experts: Any = AnyRowsExperts(
+        tuple(Expert(AnyRows(each.gate_up), AnyRows(each.down)) for each in bank.experts.expert_L)
+    )
     gate = replace(mlp.gate, linear=AnyRows(mlp.gate.linear))
     return replace(mlp, gate=gate, bank=ExpertBank(bank.prefix, experts, bank.layout))
