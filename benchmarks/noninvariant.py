@@ -13,7 +13,7 @@ from benchmarks.noninvariant_attention import SdpaPlan, plan_sdpa, sdpa_attentio
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from moestro.kernels.grouped_experts import LoopedExperts
+from moestro.kernels.grouped_experts import Expert
 from moestro.kernels.linear import PackedLinear, PlainLinear
 from moestro.kernels.paged_attention import write_kv_
 from moestro.kernels.rotary import rotate
@@ -22,6 +22,7 @@ from moestro.workers.kv_cache import LayerCache
 from moestro.workers.model.attention import Attention
 from moestro.workers.model.decoder import Decoder
 from moestro.workers.model.mlp import DenseMlp
+from moestro.workers.model.moe import ExpertBank
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +47,7 @@ class AnyRows:
 class AnyRowsExperts:
     """One product per expert that has rows."""
 
-    gate_up_L: tuple[AnyRows, ...]
-    down_L: tuple[AnyRows, ...]
+    expert_L: tuple[Expert, ...]
 
     def apply(self, x_RD: Tensor, counts_L: Tensor) -> Tensor:
         if x_RD.shape[0] == 0:
@@ -55,9 +55,9 @@ class AnyRowsExperts:
         counts = counts_L.tolist()
         used = [e for e, count in enumerate(counts) if count]
         pieces = torch.split_with_sizes(x_RD, [counts[e] for e in used])
-        hidden_R2I = torch.cat([self.gate_up_L[e].apply(x) for e, x in zip(used, pieces, strict=True)])
+        hidden_R2I = torch.cat([self.expert_L[e].gate_up.apply(x) for e, x in zip(used, pieces, strict=True)])
         pieces = torch.split_with_sizes(fused_swiglu(hidden_R2I), [counts[e] for e in used])
-        return torch.cat([self.down_L[e].apply(x) for e, x in zip(used, pieces, strict=True)])
+        return torch.cat([self.expert_L[e].down.apply(x) for e, x in zip(used, pieces, strict=True)])
 
 
 def fused_swiglu(gate_up_R2I: Tensor) -> Tensor:
@@ -115,9 +115,9 @@ def _attention(block: Attention) -> Any:
 def _mlp(mlp: Any) -> Any:
     if isinstance(mlp, DenseMlp):
         return replace(mlp, gate_up=AnyRows(mlp.gate_up), down=AnyRows(mlp.down))
-    experts: LoopedExperts = mlp.experts
-    return replace(
-        mlp,
-        gate=AnyRows(mlp.gate),
-        experts=AnyRowsExperts(tuple(map(AnyRows, experts.gate_up_L)), tuple(map(AnyRows, experts.down_L))),
+    bank = mlp.bank
+    experts: Any = AnyRowsExperts(
+        tuple(Expert(AnyRows(each.gate_up), AnyRows(each.down)) for each in bank.experts.expert_L)
     )
+    gate = replace(mlp.gate, linear=AnyRows(mlp.gate.linear))
+    return replace(mlp, gate=gate, bank=ExpertBank(bank.prefix, experts, bank.layout))
