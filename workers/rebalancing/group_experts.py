@@ -31,7 +31,7 @@ from moestro.workers.rebalancing.reports import Reporter
 
 log = logging.getLogger(__name__)
 
-OBSERVE_S = 1.0  # between observations, but at least OBSERVATIONS in a window
+OBSERVE_S = 2.0  # between observations, but at least OBSERVATIONS in a window
 OBSERVATIONS = 8
 _NS = 1e-9
 

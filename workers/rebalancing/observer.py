@@ -1,4 +1,4 @@
-"""What the ranks of a group tell each other about their experts, every second or so.
+"""What the ranks of a group tell each other about their experts, every other second.
 
 Legend: L mixture layers, R ranks, C slots of a rank, X numbers that a rank tells.
 
