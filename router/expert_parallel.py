@@ -26,12 +26,14 @@ class ExpertParallel:
     transport: Transport[Any]
     placements: tuple[Placement, ...]  # by mixture layer; all of one capacity
     rank: int = 0
+    node_of_rank: tuple[int, ...] | None = None  # None: all ranks are on one node
 
 
 def over_group(
     mesh: Mesh,
     placements: tuple[Placement, ...],
     *,
+    node_of_rank: tuple[int, ...] | None = None,
     transport: TransportKind | None = None,
     captured: bool = False,
     two_batches_from: int | None = None,
@@ -53,7 +55,7 @@ def over_group(
         asked_for=transport,
         two_batches_from=two_batches_from,
     )
-    return ExpertParallel(transport_over(mesh, deployment, placements[0].capacity), placements, mesh.rank)
+    return ExpertParallel(transport_over(mesh, deployment, placements[0].capacity), placements, mesh.rank, node_of_rank)
 
 
 def transport_over(mesh: Mesh, deployment: Deployment, capacity: int) -> ByCallTransport:
@@ -64,7 +66,7 @@ def transport_over(mesh: Mesh, deployment: Deployment, capacity: int) -> ByCallT
         "all_to_all": AllToAllTransport(mesh.world, capacity),
         "fixed_capacity": FixedCapacityTransport(mesh.world, capacity),
     }
-    if deployment.asked_for == "deep_ep":
+    if deployment.asked_for == "deep_ep" and deployment.deep_ep:
         transports["deep_ep"] = deep_ep.DeepEPTransport(mesh.control, capacity, deployment.deep_ep_tokens)
     return ByCallTransport(transports, deployment, capacity)
 

@@ -146,6 +146,11 @@ class ModelConfig:
         return next((layer.mlp.gate.num_experts for layer in self.layers if isinstance(layer.mlp, MoeSpec)), 0)
 
     @property
+    def top_k(self) -> int:
+        """Experts of a token; the most of any mixture layer, 0 for a dense model."""
+        return max((layer.mlp.gate.top_k for layer in self.layers if isinstance(layer.mlp, MoeSpec)), default=0)
+
+    @property
     def num_expert_groups(self) -> int:
         """Groups that the gate of a mixture layer picks from; 1 where it knows none."""
         gates = (layer.mlp.gate for layer in self.layers if isinstance(layer.mlp, MoeSpec))

@@ -5,6 +5,7 @@ Used by the Ray actor, by in-process engines and by tests alike: there is one wa
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +17,10 @@ from moestro.protos.sequences import EngineLimits, EngineLoad
 from moestro.router.expert_parallel import ExpertParallel, over_group
 from moestro.router.mesh import DeviceKind, Mesh, StoreAddress, join
 from moestro.router.parallel import GroupShape
+from moestro.router.placement import Placement
 from moestro.router.transport import LocalTransport
+from moestro.router.transports.by_call import ByCallTransport
+from moestro.router.transports.choose import Problem, choose_transport
 from moestro.workers.checkpoint import open_checkpoint
 from moestro.workers.device import configure_torch
 from moestro.workers.engine import Engine
@@ -24,11 +28,14 @@ from moestro.workers.kv_cache import CacheSpec
 from moestro.workers.loading import OnProgress, load_model, open_source
 from moestro.workers.lockstep import Lockstep, SoloLockstep, make_lockstep
 from moestro.workers.model.decoder import Decoder
+from moestro.workers.model_config import ModelConfig
 from moestro.workers.rank_loop import RankLoop
-from moestro.workers.rebalancing.setup import ExpertsSpec, group_experts, start_placements
+from moestro.workers.rebalancing.setup import ExpertsSpec, group_experts, start_placements, topology
 from moestro.workers.runner import Runner
 from moestro.workers.scheduler import Scheduler
 from moestro.workers.scheduler_config import CacheGroup, SchedulerConfig
+
+log = logging.getLogger(__name__)
 
 STORE_TIMEOUT_S = 60.0
 _DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -114,7 +121,7 @@ def build_rank(spec: RankSpec, place: GroupPlace | None = None, on_progress: OnP
             dtype=dtype,
             device=device,
             tp=mesh.tp,
-            experts=over_group(mesh, placements),
+            experts=_over_group(mesh, placements, spec, checkpoint.config, dtype),
             on_progress=on_progress,
         )
         lockstep = make_lockstep(mesh, place.store)
@@ -129,6 +136,24 @@ def build_rank(spec: RankSpec, place: GroupPlace | None = None, on_progress: OnP
     return BuiltRank(
         RankLoop(engine, lockstep, experts, time.monotonic), engine.limits, engine.load(), str(device), mesh
     )
+
+
+def _over_group(
+    mesh: Mesh, placements: tuple[Placement, ...], spec: RankSpec, model: ModelConfig, dtype: torch.dtype
+) -> ExpertParallel:
+    """Raises ConfigError when the transport that was asked for cannot serve the largest step."""
+    parallel = over_group(
+        mesh,
+        placements,
+        node_of_rank=topology(spec.experts, spec.shape.world_size).node_of_rank,
+        transport=spec.experts.transport,
+        deep_ep_tokens=spec.max_num_tokens,
+    )
+    if isinstance(parallel.transport, ByCallTransport):
+        largest = (spec.max_num_tokens,) * spec.shape.world_size
+        problem = Problem(largest, model.top_k, model.hidden_size, dtype, placements[0].capacity)
+        log.info("transport of the largest step: %s", choose_transport(problem, parallel.transport.deployment).reason)
+    return parallel
 
 
 def device_kind(wanted: str) -> DeviceKind:

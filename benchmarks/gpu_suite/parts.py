@@ -31,6 +31,7 @@ PARTS: Mapping[str, Part] = MappingProxyType(
         "roofs": Part("benchmarks.gpu_suite.roofs", 60, "copy bandwidth and bf16 matmul"),
         "sampling": Part("benchmarks.gpu_suite.sampling", 90, "noise and tokens equal to the CPU's"),
         "collectives": Part("benchmarks.gpu_suite.collectives", 90, "one rank over NCCL"),
+        "invariance": Part("benchmarks.gpu_suite.invariance", 90, "the same bits alone and in company"),
         "correctness": Part("benchmarks.gpu_suite.parity", 150, "every architecture against transformers"),
         "speed": Part("benchmarks.gpu_suite.speed", 400, "decode and prefill of a 30B-A3B model"),
     }

@@ -32,6 +32,7 @@ def rank_spec(config: Config) -> RankSpec:
             redundant=experts.redundant,
             placement_file=str(Path(experts.placement).resolve()) if experts.placement else "",
             ranks_per_node=experts.ranks_per_node,
+            transport=None if experts.transport == "auto" else experts.transport,
             rebalance=RebalanceConfig(
                 enabled=experts.rebalance,
                 window_s=experts.window_s,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moestro.protos import wire
-from moestro.protos.errors import CheckpointError
+from moestro.protos.errors import CheckpointError, ConfigError
 from moestro.protos.experts import PlacementRequest
 from moestro.protos.gen import rank_pb2 as pb
 from moestro.protos.sequences import SamplingParams, SequenceRequest
@@ -21,6 +21,7 @@ from moestro.router.parallel import GroupShape
 from moestro.router.placement import EMPTY, spread
 from moestro.router.random_placement import random_placement
 from moestro.router.rebalance.config import Config
+from moestro.router.transports.choose import TransportKind
 from moestro.workers.checkpoint import open_checkpoint
 from moestro.workers.loading import open_source
 from moestro.workers.model.decoder import Decoder
@@ -134,11 +135,12 @@ def _sampling(number: int, num_tokens: int) -> SamplingParams:
 
 def serve_while_moving(
     rank: int, world_size: int, address: StoreAddress, model: str, prompts: list[list[int]], num_tokens: int,
-    redundant: int, tp: int, seeds: list[int],
+    redundant: int, tp: int, seeds: list[int], transport: TransportKind | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Every rank serves its share of the prompts again and again while rank 0 asks for one random placement after the
     other. Returns all answers, and what moved."""
-    server = Server(rank, world_size, address, model, ExpertsSpec(redundant=redundant, rebalance=OFF), tp)
+    spec = ExpertsSpec(redundant=redundant, ranks_per_node=2, transport=transport, rebalance=OFF)
+    server = Server(rank, world_size, address, model, spec, tp)
     dp = world_size // tp
     mine = {n: p for n, p in enumerate(prompts) if rank % tp == 0 and n % dp == rank // tp}
     answers: list[dict[str, Any]] = []
@@ -288,3 +290,13 @@ def to_the_end(
     server.all_here("answered")
     server.stop()
     return answers
+
+
+def ask_for_deep_ep(rank: int, world_size: int, address: StoreAddress, model: str) -> str:
+    """What is said where DeepEP is asked for and is not there."""
+    spec = RankSpec(model, device="cpu", shape=GroupShape(world_size), experts=ExpertsSpec(transport="deep_ep"))
+    try:
+        build_rank(spec, GroupPlace(rank, 0, address))
+    except ConfigError as error:
+        return str(error)
+    return "it was built"

@@ -27,13 +27,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize(("size", "tp", "redundant"), [(2, 1, 0), (3, 1, 4), (4, 1, 8), (4, 2, 4)])
+@pytest.mark.parametrize(
+    ("size", "tp", "redundant", "transport"),
+    [(2, 1, 0, "all_to_all"), (3, 1, 4, "fixed_capacity"), (4, 1, 8, None), (4, 2, 4, None)],
+)
 def test_answers_do_not_depend_on_where_experts_are_or_that_they_move(
-    model: str, size: int, tp: int, redundant: int
+    model: str, size: int, tp: int, redundant: int, transport: str | None
 ) -> None:
     prompts = [random_ids(5 + 3 * i, seed=SEED + i) for i in range(6)]
     kwargs = {"model": model, "prompts": prompts, "num_tokens": 30, "redundant": redundant, "tp": tp}
-    ranks = run_processes(f"{RANKS}:serve_while_moving", size, {**kwargs, "seeds": [SEED, SEED + 1]})
+    moves = {"seeds": [SEED, SEED + 1], "transport": transport}
+    ranks = run_processes(f"{RANKS}:serve_while_moving", size, {**kwargs, **moves})
     for of_rank in ranks:
         first, *others = of_rank["answers"]
         assert others == [first, first]
@@ -45,6 +49,11 @@ def test_answers_do_not_depend_on_where_experts_are_or_that_they_move(
     if tp == 1:
         spread_out = {n: answer for of_rank in ranks for n, answer in of_rank["answers"][0].items()}
         assert spread_out == alone["answers"][0]
+
+
+def test_a_transport_that_cannot_serve_is_refused_and_not_replaced(model: str) -> None:
+    for said in run_processes(f"{RANKS}:ask_for_deep_ep", 2, {"model": model}):
+        assert said == "transport: deep_ep was asked for and cannot serve: deep_ep is not installed"
 
 
 def test_replicated_experts_say_what_transformers_says_until_it_ends() -> None:

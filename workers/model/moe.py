@@ -159,7 +159,7 @@ def build_moe(
     index: int,
 ) -> MoeMlp:
     """Reads the gate, the shared expert and this rank's experts. ``index`` counts mixture layers only."""
-    layout = lay_out(parallel.placements[index], parallel.rank, source.device)
+    layout = lay_out(parallel.placements[index], parallel.rank, source.device, parallel.node_of_rank)
     gate = build_gate(spec.gate, hidden_size, prefix + "gate.", source)
     experts = make_experts(
         ExpertShape(spec.width, hidden_size, source.dtype, source.device),

@@ -52,6 +52,7 @@ class GroupExperts:
         banks: Mapping[int, ExpertBank],
         lockstep: Lockstep,
         rank: int,
+        node_of_rank: tuple[int, ...],
         rebalancer: Rebalancer,
         solve: Solve,
         open_source: OpenSource,
@@ -62,6 +63,7 @@ class GroupExperts:
         self._banks = tuple(banks.values())
         self._lockstep = lockstep
         self._rank = rank
+        self._node_of_rank = node_of_rank
         self._rebalancer = rebalancer
         self._solve = solve
         self._open_source = open_source
@@ -189,7 +191,8 @@ class GroupExperts:
         started = time.perf_counter_ns()
         bank = self._banks[intent.layer]
         loaded: Loaded = self._background.take()
-        bank.switch_(lay_out(intent.placement, self._rank, bank.rows_L.device), loaded.staged)
+        layout = lay_out(intent.placement, self._rank, bank.rows_L.device, self._node_of_rank)
+        bank.switch_(layout, loaded.staged)
         self._placements = tuple(bank.layout.placement for bank in self._banks)
         self._observer.counters.loaded_bytes += loaded.num_bytes
         self._observer.counters.switch_ns += time.perf_counter_ns() - started

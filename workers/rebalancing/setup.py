@@ -14,6 +14,7 @@ from moestro.router.placement_file import Shape, load_placements
 from moestro.router.rebalance.config import Config
 from moestro.router.rebalance.messages import Ints
 from moestro.router.rebalance.rebalancer import Rebalancer
+from moestro.router.transports.choose import TransportKind
 from moestro.workers.lockstep import Lockstep
 from moestro.workers.model.decoder import Decoder
 from moestro.workers.model_config import ModelConfig
@@ -29,7 +30,13 @@ class ExpertsSpec:
     redundant: int = 0  # slots of the group beyond one for each expert, rounded up to equal ranks
     placement_file: str = ""  # to start from; empty: experts in order, one copy of each
     ranks_per_node: int = 0  # 0: all on one node
+    transport: TransportKind | None = None  # None: each dispatch takes the kind that suits it
     rebalance: Config = field(default_factory=Config)
+
+
+def topology(spec: ExpertsSpec, num_ranks: int) -> Topology:
+    """Which ranks share a node: equally many neighbours."""
+    return Topology.regular(num_ranks, spec.ranks_per_node or num_ranks)
 
 
 def start_placements(spec: ExpertsSpec, model: ModelConfig, num_ranks: int) -> tuple[Placement, ...]:
@@ -64,13 +71,14 @@ def group_experts(
     shape = next(iter(banks.values())).experts.shape
     rebalancer = Rebalancer(spec.rebalance, placements, shape.num_bytes)
     reporter = Reporter(model.config.architecture, tuple(banks), placements, spec.rebalance.window_s)
-    num_ranks = placements[0].num_ranks
-    topology = Topology.regular(num_ranks, spec.ranks_per_node or num_ranks)
-    solve = partial(_solve, topology, placements[0].capacity, model.config.num_expert_groups)
-    return GroupExperts(banks, lockstep, rank, rebalancer, solve, open_source, reporter, spec.rebalance.window_s)
+    ranks = topology(spec, placements[0].num_ranks)
+    solve = partial(_solve, ranks, placements[0].capacity, model.config.num_expert_groups)
+    return GroupExperts(
+        banks, lockstep, rank, ranks.node_of_rank, rebalancer, solve, open_source, reporter, spec.rebalance.window_s
+    )
 
 
 def _solve(
-    topology: Topology, capacity: int, num_groups: int, loads_LE: Ints, previous: tuple[Placement, ...]
+    ranks: Topology, capacity: int, num_groups: int, loads_LE: Ints, previous: tuple[Placement, ...]
 ) -> tuple[Placement, ...]:
-    return balance(loads_LE, topology, capacity, num_groups=num_groups, previous=previous)
+    return balance(loads_LE, ranks, capacity, num_groups=num_groups, previous=previous)
