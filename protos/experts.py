@@ -31,7 +31,8 @@ class RankExperts:
     wait_s: float  # for rows of other ranks, and for results
     step_s: float  # in steps, all of them
     num_steps: int
-    num_slowest: int  # observations in which it waited least: the others waited for it
+    num_slowest: int  # steps in which it waited least: the others waited for it
+    tokens: int = 0  # of its own sequences, put through the model
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,9 @@ def decode_report(message: pb.GroupExperts) -> ExpertsReport:
             for m in message.layers
         ),
         ranks=tuple(
-            RankExperts(m.rank, m.rows, m.expert_seconds, m.wait_seconds, m.step_seconds, m.steps, m.slowest_steps)
+            RankExperts(
+                m.rank, m.rows, m.expert_seconds, m.wait_seconds, m.step_seconds, m.steps, m.slowest_steps, m.tokens
+            )
             for m in message.ranks
         ),
         rebalancer=RebalancerState(
@@ -109,6 +111,7 @@ def _encode_rank(rank: RankExperts) -> pb.RankExperts:
         step_seconds=rank.step_s,
         steps=rank.num_steps,
         slowest_steps=rank.num_slowest,
+        tokens=rank.tokens,
     )
 
 

@@ -90,12 +90,13 @@ def ranks_of(layer: LayerExperts, expert: int) -> tuple[int, ...]:
 
 def rank_table(report: ExpertsReport) -> Table:
     table = Table(title="ranks", title_justify="left")
-    for name in ("rank", "rows", "share", "expert s", "wait s", "step s", "steps", "slowest"):
+    for name in ("rank", "tokens", "rows", "share", "expert s", "wait s", "step s", "steps", "slowest"):
         table.add_column(name, justify="right", no_wrap=True)
     rows, observed = sum(r.rows for r in report.ranks), sum(r.num_slowest for r in report.ranks)
     for rank in report.ranks:
         table.add_row(
             str(rank.rank),
+            str(rank.tokens),
             str(rank.rows),
             _share(rank.rows, rows),
             f"{rank.expert_s:.2f}",

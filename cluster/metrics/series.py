@@ -112,6 +112,12 @@ def _expert_series(groups: Sequence[GroupExperts]) -> Iterator[Metric]:
     )
     ranks = [((g.name, str(rank.rank)), rank) for g in groups for rank in g.report.ranks]
     yield _gauge(
+        "moestro_rank_tokens",
+        "Tokens of its own sequences put through the model, over the window.",
+        "group rank",
+        [(x, r.tokens) for x, r in ranks],
+    )
+    yield _gauge(
         "moestro_rank_expert_rows", "Rows computed, over the window.", "group rank", [(x, r.rows) for x, r in ranks]
     )
     yield _gauge(

@@ -463,7 +463,7 @@ class ExpertLayer(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., load: _Optional[_Iterable[int]] = ..., slots: _Optional[_Iterable[int]] = ..., rank_load: _Optional[_Iterable[int]] = ..., balancedness: _Optional[float] = ...) -> None: ...
 
 class RankExperts(_message.Message):
-    __slots__ = ("rank", "rows", "expert_seconds", "wait_seconds", "step_seconds", "steps", "slowest_steps")
+    __slots__ = ("rank", "rows", "expert_seconds", "wait_seconds", "step_seconds", "steps", "slowest_steps", "tokens")
     RANK_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     EXPERT_SECONDS_FIELD_NUMBER: _ClassVar[int]
@@ -471,6 +471,7 @@ class RankExperts(_message.Message):
     STEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     SLOWEST_STEPS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     rank: int
     rows: int
     expert_seconds: float
@@ -478,7 +479,8 @@ class RankExperts(_message.Message):
     step_seconds: float
     steps: int
     slowest_steps: int
-    def __init__(self, rank: _Optional[int] = ..., rows: _Optional[int] = ..., expert_seconds: _Optional[float] = ..., wait_seconds: _Optional[float] = ..., step_seconds: _Optional[float] = ..., steps: _Optional[int] = ..., slowest_steps: _Optional[int] = ...) -> None: ...
+    tokens: int
+    def __init__(self, rank: _Optional[int] = ..., rows: _Optional[int] = ..., expert_seconds: _Optional[float] = ..., wait_seconds: _Optional[float] = ..., step_seconds: _Optional[float] = ..., steps: _Optional[int] = ..., slowest_steps: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class RebalancerState(_message.Message):
     __slots__ = ("enabled", "activity", "moved_bytes", "switched_layers", "undone_layers")

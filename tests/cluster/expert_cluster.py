@@ -52,7 +52,9 @@ def report_of(num_experts: int, num_ranks: int = 2, num_layers: int = 2, hot: in
         LayerExperts(1 + i, load, tuple(slots), tuple(sum(load) // num_ranks + 10 * r for r in range(num_ranks)))
         for i in range(num_layers)
     )
-    ranks = tuple(RankExperts(r, 1000 * (r + 1), 2.0 + r, 0.5 * r, 4.0, 128, 10 * (r + 1)) for r in range(num_ranks))
+    ranks = tuple(
+        RankExperts(r, 1000 * (r + 1), 2.0 + r, 0.5 * r, 4.0, 128, 10 * (r + 1), 77) for r in range(num_ranks)
+    )
     state = RebalancerState(True, "observing", 3 * 2**20, 2, 1)
     return ExpertsReport("MixtureModel", num_experts, per_rank, 10.0, layers, ranks, state, DECISIONS)
 

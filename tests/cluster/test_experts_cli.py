@@ -75,7 +75,7 @@ def test_ranks_with_their_shares(it: Cluster) -> None:
     assert "group-0" not in text
     row = next(line.split() for line in text.splitlines() if " 4000 " in line)
     assert [cell for cell in row if cell not in ("│", "|")] == [
-        "3", "4000", "40", "%", "5.00", "1.50", "4.00", "128", "40", "%",
+        "3", "77", "4000", "40", "%", "5.00", "1.50", "4.00", "128", "40", "%",
     ]  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def reports(draw: st.DrawFn) -> ExpertsReport:
     decisions = st.builds(
         RebalanceDecision,
         TIME,
-        st.sampled_from(["load", "operator", "undo"]),
+        st.sampled_from(["auto", "operator", "undo"]),
         st.lists(SMALL, max_size=4).map(tuple),
         st.text(max_size=20),
         st.sampled_from(["refused", "loading", "settling", "kept", "undone", "cancelled"]),
@@ -53,7 +53,7 @@ def reports(draw: st.DrawFn) -> ExpertsReport:
         per_rank,
         draw(TIME),
         tuple(draw(st.lists(layers, max_size=3))),
-        tuple(draw(st.lists(st.builds(RankExperts, SMALL, COUNT, TIME, TIME, TIME, COUNT, COUNT), max_size=3))),
+        tuple(draw(st.lists(st.builds(RankExperts, SMALL, COUNT, TIME, TIME, TIME, COUNT, COUNT, COUNT), max_size=3))),
         draw(st.builds(RebalancerState, st.booleans(), st.text(max_size=10), COUNT, COUNT, COUNT)),
         tuple(draw(st.lists(decisions, max_size=3))),
     )

@@ -89,6 +89,7 @@ def test_every_row_is_counted_before_the_rank_sleeps(serving: Serving) -> None:
         assert layer.balancedness == 1.0
     rank = report.ranks[0]
     assert rank.rows == computed * TOP_K * LAYERS
+    assert rank.tokens == computed
     assert 0 < rank.expert_s < rank.step_s
     assert (rank.num_steps, rank.num_slowest) == (6, 6)
     assert (report.num_experts, report.slots_per_rank) == (EXPERTS, EXPERTS)

@@ -128,6 +128,7 @@ def _rank(rank: int, seen: Sequence[_Seen], rows: int) -> RankExperts:
         step_s=float(sum(one.steps_s_R[rank] for one in observations)),
         num_steps=sum(one.steps for one in observations),
         num_slowest=sum(one.slowest_steps[rank] for one in seen),
+        tokens=int(sum(one.tokens_R[rank] for one in observations)),
     )
 
 
