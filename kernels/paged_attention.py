@@ -239,7 +239,6 @@ def _attend(
     """One run of queries: X = n * t rows of tokens, m = n * H. All of it in fp32."""
     n, t, width = num_sequences, queries.per_sequence, q_XQD.shape[-1]
     num_kv_heads = kv_2mLD.shape[1] // n
-    num_kv_heads = kv_2mLD.shape[1] // n
     num_rows = t * q_XQD.shape[1] // num_kv_heads
     q_mRD = q_XQD.view(n, t, num_kv_heads, -1, width).transpose(1, 2).reshape(n * num_kv_heads, num_rows, width)
     k_mLD, v_mLD = kv_2mLD[:, :, queries.first_key : queries.stop_key].unbind()

@@ -14,7 +14,7 @@ from functools import reduce
 
 import numpy as np
 
-from moestro.router.placement import EMPTY, Placement
+from moestro.router.placement import EMPTY, Placement, moves, moves_of_rank
 from moestro.router.rebalance.messages import Floats, Ints
 
 
@@ -69,9 +69,7 @@ def in_order(terms: Iterable[Floats]) -> Floats:
 
 def bytes_to_load(old: Placement, new: Placement, expert_bytes: int) -> Ints:
     """bytes_R: the weights of the experts that each rank's slots newly get."""
-    old_RC, new_RC = np.array(old.slots), np.array(new.slots)
-    loads: Ints = ((old_RC != new_RC) & (new_RC != EMPTY)).sum(axis=1, dtype=np.int64) * expert_bytes
-    return loads
+    return np.array(moves_of_rank(moves(old, new), new.num_ranks), dtype=np.int64) * expert_bytes
 
 
 def _layers(like_LRC: Ints) -> Ints:

@@ -36,11 +36,6 @@ class Background:
         self._thread: threading.Thread | None = None
 
     @property
-    def number(self) -> int:
-        """Of the last task begun."""
-        return self._number
-
-    @property
     def done(self) -> int:
         return self._done
 

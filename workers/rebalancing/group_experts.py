@@ -8,7 +8,6 @@ every layer as it was before or after its switch.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +17,7 @@ from typing import Any
 
 from moestro.protos.experts import ExpertsReport, PlacementRequest
 from moestro.router.assign import lay_out
-from moestro.router.placement import EMPTY, Placement
+from moestro.router.placement import Placement, moves
 from moestro.router.rebalance.messages import Drop, Intent, Solve, StartLoad, StartSolve, Switch
 from moestro.router.rebalance.rebalancer import Rebalancer
 from moestro.workers.lockstep import NOTHING, Lockstep, Note, StepAgreement
@@ -28,8 +27,6 @@ from moestro.workers.rebalancing.commands import decode, encode, wanted_placemen
 from moestro.workers.rebalancing.loader import Loaded, OpenSource, load_experts
 from moestro.workers.rebalancing.observer import Observer
 from moestro.workers.rebalancing.reports import Reporter
-
-log = logging.getLogger(__name__)
 
 OBSERVE_S = 2.0  # between observations, but at least OBSERVATIONS in a window
 OBSERVATIONS = 8
@@ -183,8 +180,8 @@ class GroupExperts:
 
     def _loading(self, intent: StartLoad) -> Callable[[threading.Event], Loaded]:
         bank = self._banks[intent.layer]
-        new, old = intent.placement.slots[self._rank], bank.layout.local_experts
-        slots = [(i, new[i]) for i in range(len(new)) if new[i] not in (old[i], EMPTY)]
+        steps = moves(bank.layout.placement, intent.placement)
+        slots = [(step.slot, step.expert) for step in steps if step.rank == self._rank]
         return partial(load_experts, bank, slots, self._open_source, intent.bytes_per_s)
 
     def _switch(self, intent: Switch) -> None:

@@ -68,7 +68,6 @@ class Loaded:
 
     staged: dict[int, Any]
     num_bytes: int
-    busy_s: float  # of this rank's time, waits left out
 
 
 def load_experts(
@@ -81,10 +80,9 @@ def load_experts(
     """Reads and stages ``slots``, pairs of local slot and logical expert. Raises Cancelled, and CheckpointError when
     the checkpoint cannot be read any more."""
     budget = Budget(bytes_per_s, cancelled)
-    started = time.thread_time()
     staged = {}
     with open_source() as source:
         for slot, expert in slots:
             fill = expert_fill(BudgetedSource(source, budget), bank.prefix, expert)
             staged[slot] = bank.experts.stage(fill)
-    return Loaded(staged, budget.spent, time.thread_time() - started)
+    return Loaded(staged, budget.spent)
