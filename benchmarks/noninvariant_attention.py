@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from moestro.kernels.paged_attention import fresh_blocks, upload
+
 _SMALLEST_BUCKET_BLOCKS = 8
 
 
@@ -88,24 +90,8 @@ def plan_sdpa(
         )
         for s in range(num_decodes, len(context_len_S))
     )
-    fresh_F = _fresh_blocks(query_start_S1, context_len_S, block_table_SB, block_size)
+    fresh_F = fresh_blocks(query_start_S1, context_len_S, block_table_SB, block_size)
     return SdpaPlan(write_block_T, slot_T - write_block_T * block_size, fresh_F, decodes, spans)
-
-
-def _fresh_blocks(
-    query_start_S1: Sequence[int], context_len_S: Sequence[int], block_table_SB: Tensor, block_size: int
-) -> Tensor | None:
-    """The blocks whose first slot is written in this step."""
-    rows, entries = [], []
-    for s, length in enumerate(context_len_S):
-        start = length - (query_start_S1[s + 1] - query_start_S1[s])
-        for entry in range(-(-start // block_size), (length - 1) // block_size + 1):
-            rows.append(s)
-            entries.append(entry)
-    if not rows:
-        return None
-    index_2F = _upload([*rows, *entries], block_table_SB.device).view(2, -1)
-    return block_table_SB[index_2F[0], index_2F[1]].long()
 
 
 def _buckets(context_len_S: Sequence[int], block_size: int, window: int | None) -> list[list[int]]:
@@ -146,10 +132,10 @@ def _plan_decodes(
     if len(seqs) == num_decodes:
         rows_S, table_SB = None, block_table_SB[:num_decodes]
     else:
-        rows_S = _upload(seqs, device)
+        rows_S = upload(seqs, device)
         table_SB = block_table_SB.index_select(0, rows_S)
     if any(first_blocks):
-        columns_SB = _upload(first_blocks, device).unsqueeze(1) + torch.arange(num_blocks, device=device)
+        columns_SB = upload(first_blocks, device).unsqueeze(1) + torch.arange(num_blocks, device=device)
         table_SB = table_SB.gather(1, columns_SB.clamp_(max=table_SB.shape[1] - 1))
     else:
         table_SB = table_SB[:, :num_blocks]
@@ -159,7 +145,7 @@ def _plan_decodes(
     start, stop, mask_S11L = min(starts), max(stops), None
     if max(starts) != start or min(stops) != stop:
         key_L = torch.arange(start, stop, device=device)
-        bounds_2S1 = _upload([*starts, *stops], device).view(2, -1, 1)
+        bounds_2S1 = upload([*starts, *stops], device).view(2, -1, 1)
         seen_SL = (key_L >= bounds_2S1[0]) & (key_L < bounds_2S1[1])
         mask_S11L = _additive(seen_SL, dtype)[:, None, None, :]
     return _Decodes(rows_S, len(seqs), _tiles(table_SB, num_kv_heads), start, stop, mask_S11L)
@@ -189,12 +175,6 @@ def _plan_span(
     if window is not None:
         seen_TL &= key_L > query_T1 - window
     return _Span(start, stop, tiles, context_len - first_key, _additive(seen_TL, dtype))
-
-
-def _upload(values: Sequence[int], device: torch.device) -> Tensor:
-    """int64 values on ``device``. Through pinned memory: a copy from ordinary memory would wait for the device."""
-    host = torch.tensor(values, dtype=torch.int64)
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:

@@ -113,7 +113,7 @@ class _Planner:
     def _mask(self, first_n: Sequence[int], num: int, first_key: int, stop_key: int) -> Tensor:
         device = self.block_table_SB.device
         key_L = torch.arange(first_key, stop_key, device=device)
-        query_nt1 = _upload(first_n, device).view(-1, 1, 1)
+        query_nt1 = upload(first_n, device).view(-1, 1, 1)
         if num > 1:
             query_nt1 = query_nt1 + torch.arange(num, device=device).unsqueeze(1)
         hidden_ntL = key_L > query_nt1
@@ -126,7 +126,7 @@ class _Planner:
         sequence's own blocks stands block 0."""
         device, size = self.block_table_SB.device, self.block_size
         bounds = [*(begin // size for begin in begins), *(-(-length // size) for length in lengths)]
-        first_n1, stop_n1 = _upload(bounds, device).view(2, -1, 1).unbind()
+        first_n1, stop_n1 = upload(bounds, device).view(2, -1, 1).unbind()
         column_nB = first_n1 + torch.arange(-(-num_keys // size), device=device)
         own_nB = column_nB < stop_n1
         block_nB = self.block_table_SB[rows].gather(1, column_nB.clamp_(max=self.block_table_SB.shape[1] - 1)) * own_nB
@@ -155,7 +155,7 @@ def plan_attention(
     for seqs in _together(context_len_S[:num_decodes], window, block_size, tiles.pairs_at_once // num_kv_heads):
         lengths = [context_len_S[s] for s in seqs]
         contiguous = seqs[-1] - seqs[0] + 1 == len(seqs)
-        rows = slice(seqs[0], seqs[-1] + 1) if contiguous else _upload(seqs, block_table_SB.device)
+        rows = slice(seqs[0], seqs[-1] + 1) if contiguous else upload(seqs, block_table_SB.device)
         groups.append(planner.group(rows, lengths, [_Cut(rows, [length - 1 for length in lengths], 1)]))
     for s in range(num_decodes, len(context_len_S)):
         start, stop, length = query_start_S1[s], query_start_S1[s + 1], context_len_S[s]
@@ -163,7 +163,7 @@ def plan_attention(
         cuts = [_Cut(slice(row, end), [length - (stop - row)], end - row) for row, end in runs]
         groups.append(planner.group(slice(s, s + 1), [length], cuts))
     write_block_T = slot_T // block_size
-    fresh_F = _fresh_blocks(query_start_S1, context_len_S, block_table_SB, block_size)
+    fresh_F = fresh_blocks(query_start_S1, context_len_S, block_table_SB, block_size)
     return AttentionPlan(write_block_T, slot_T - write_block_T * block_size, fresh_F, tuple(groups), tiles)
 
 
@@ -182,7 +182,7 @@ def _together(
             yield seqs[start : start + step]
 
 
-def _fresh_blocks(
+def fresh_blocks(
     query_start_S1: Sequence[int], context_len_S: Sequence[int], block_table_SB: Tensor, block_size: int
 ) -> Tensor | None:
     """The blocks whose first slot is written in this step."""
@@ -194,11 +194,11 @@ def _fresh_blocks(
             entries.append(entry)
     if not rows:
         return None
-    index_2F = _upload([*rows, *entries], block_table_SB.device).view(2, -1)
+    index_2F = upload([*rows, *entries], block_table_SB.device).view(2, -1)
     return block_table_SB[index_2F[0], index_2F[1]].long()
 
 
-def _upload(values: Sequence[int], device: torch.device) -> Tensor:
+def upload(values: Sequence[int], device: torch.device) -> Tensor:
     """int64 values on ``device``. Through pinned memory: a copy from ordinary memory would wait for the device."""
     host = torch.tensor(values, dtype=torch.int64)
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
