@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moestro.router.transport import Arrival, Dispatched, LocalHandle, LocalTransport, Transport
+from moestro.router.transport import Arrival, Dispatched, LocalTransport, Transport
 from moestro.workers.batch import Batch
 from moestro.workers.engine import Engine
 from moestro.workers.kv_cache import KVCache
@@ -74,7 +74,7 @@ def timed_step(engine: Engine, clock: ForwardClock) -> dict[str, float]:
 
 
 @dataclass(frozen=True, slots=True)
-class CountingTransport(Transport[LocalHandle]):
+class CountingTransport(Transport[Tensor]):
     """A local transport that keeps how many distinct experts each dispatch reached."""
 
     local: LocalTransport
@@ -82,12 +82,12 @@ class CountingTransport(Transport[LocalHandle]):
 
     def dispatch(
         self, x_TD: Tensor, slots_TK: Tensor, num_tokens_N: tuple[int, ...]
-    ) -> Arrival[tuple[Dispatched, LocalHandle]]:
+    ) -> Arrival[tuple[Dispatched, Tensor]]:
         dispatched, handle = self.local.dispatch(x_TD, slots_TK, num_tokens_N)()
         self.distinct.append((dispatched.counts_L > 0).sum())
         return lambda: (dispatched, handle)
 
-    def combine(self, y_RD: Tensor, weights_TK: Tensor, handle: LocalHandle) -> Arrival[Tensor]:
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, handle: Tensor) -> Arrival[Tensor]:
         return self.local.combine(y_RD, weights_TK, handle)
 
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from tests.model.oracle import Driver, reference_logits
 from torch import Tensor
 
+from moestro.kernels.gate import route
 from moestro.protos.errors import CheckpointError
 from moestro.router.expert_parallel import ExpertParallel
-from moestro.router.gate import route
 from moestro.router.placement import EMPTY, Placement
 from moestro.router.transport import LocalTransport
 from moestro.workers.checkpoint import open_checkpoint

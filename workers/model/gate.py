@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moestro.kernels.gate import GateSpec, route
 from moestro.kernels.linear import Linear
-from moestro.router.gate import GateSpec, route
 from moestro.workers.model.weights import WeightSource, read, read_linear
 
 
@@ -25,7 +25,7 @@ class Gate:
     bias_E: Tensor | None  # fp32; raises scores for the choice only
 
     def route(self, x_TM: Tensor) -> tuple[Tensor, Tensor]:
-        """ids_TK and weights_TK; see ``router/gate.py``, also for what NaN makes of them."""
+        """ids_TK and weights_TK; see ``kernels/gate.py``, also for what NaN makes of them."""
         return route(self.linear.apply(x_TM.to(self.dtype)), self.bias_E, self.spec)
 
 
