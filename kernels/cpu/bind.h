@@ -1,0 +1,6 @@
+// What each bind_SUBJECT.cpp defines. No headers of torch here, so that module.cpp compiles quickly.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+void bind_memory(pybind11::module_& module);

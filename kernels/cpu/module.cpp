@@ -1,0 +1,8 @@
+// The extension module: one line per subject.
+#include <pybind11/pybind11.h>
+
+#include "bind.h"
+
+PYBIND11_MODULE(moestro_cpu, module) {
+    bind_memory(module);
+}
