@@ -3,4 +3,6 @@
 
 #include <pybind11/pybind11.h>
 
-void bind_memory(pybind11::module_& module);
+void bind_experts(pybind11::module_& module);
+void bind_gemm(pybind11::module_& module);
+void bind_roofs(pybind11::module_& module);

@@ -4,5 +4,7 @@
 #include "bind.h"
 
 PYBIND11_MODULE(moestro_cpu, module) {
-    bind_memory(module);
+    bind_experts(module);
+    bind_gemm(module);
+    bind_roofs(module);
 }
