@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moestro.kernels.backend import AttentionShape, HeadNorm, PagedAttention
-from moestro.kernels.cpu.build import unavailable_reason
+from moestro.kernels.cpu.build import load, unavailable_reason
 from moestro.kernels.cpu.experts import make_cpu_experts
 from moestro.kernels.cpu.linear import make_cpu_linear
 from moestro.kernels.gate import GateSpec
@@ -62,6 +62,15 @@ class CpuBackend:
 
     def route(self, logits_TE: Tensor, bias_E: Tensor | None, spec: GateSpec) -> tuple[Tensor, Tensor]:
         return self.plain.route(logits_TE, bias_E, spec)
+
+
+def make_cpu_backend() -> CpuBackend:
+    """Builds and loads the kernels.
+
+    Raises ``BuildError``.
+    """
+    load()
+    return CpuBackend(PlainBackend())
 
 
 def _ours(dtype: torch.dtype, device: torch.device) -> bool:
