@@ -27,8 +27,8 @@ class Chosen:
 def choose_backend(device: torch.device, dtype: torch.dtype, asked_for: BackendName = "auto") -> Chosen:
     """The fastest backend that serves ``dtype`` on ``device``, or the one that was asked for.
 
-    ``cpu`` is built on its first use on a machine, which takes seconds. Raises ``ValueError``, with the reason, where the
-    backend asked for cannot serve.
+    ``cpu`` is built on its first use on a machine, which takes seconds. Raises ``ValueError``, with the reason, where
+    the backend asked for cannot serve.
     """
     if asked_for == "plain":
         return Chosen(PlainBackend(), "asked for")
