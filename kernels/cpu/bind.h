@@ -4,3 +4,4 @@
 #include <pybind11/pybind11.h>
 
 void bind_memory(pybind11::module_& module);
+void bind_attention(pybind11::module_& module);

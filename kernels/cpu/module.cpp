@@ -5,4 +5,5 @@
 
 PYBIND11_MODULE(moestro_cpu, module) {
     bind_memory(module);
+    bind_attention(module);
 }
