@@ -10,9 +10,9 @@ namespace {
 
 // A square of 32-bit numbers: 16 pairs of 16 keys.
 void transpose_square(const uint16_t* const* row_16, int first_pair, int pairs, uint32_t* to_pL) {
-    const __mmask16 lanes = first_lanes(pairs);
+    const __mmask16 mask = lanes(pairs);
     __m512i a[16], b[16];
-    for (int i = 0; i < 16; ++i) a[i] = _mm512_maskz_loadu_epi32(lanes, row_16[i] + 2 * first_pair);
+    for (int i = 0; i < 16; ++i) a[i] = _mm512_maskz_loadu_epi32(mask, row_16[i] + 2 * first_pair);
     for (int i = 0; i < 16; i += 2) {
         b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
         b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
@@ -57,9 +57,9 @@ void scores(const uint16_t* const* q_R, const uint32_t* keys_pL, int pairs, floa
             _mm512_storeu_ps(scores_RL + r * CHUNK + 16 * v, _mm512_mul_ps(sum[r][v], _mm512_set1_ps(factor)));
 }
 
-// UNITS times 32 numbers of the heads, from `column` on; only the first `lanes` of the last unit exist.
+// UNITS times 32 numbers of the heads, from `column` on; of the last unit those in `mask`.
 template <int ROWS, int UNITS>
-void values(const float* probs_RL, const uint16_t* const* row_L, int begin, int end, int column, __mmask32 lanes,
+void values(const float* probs_RL, const uint16_t* const* row_L, int begin, int end, int column, __mmask32 mask,
             int stride, float* sums_RW) {
     __m512 sum[ROWS][2 * UNITS];
     for (int r = 0; r < ROWS; ++r)
@@ -68,7 +68,7 @@ void values(const float* probs_RL, const uint16_t* const* row_L, int begin, int 
         const uint16_t* row = row_L[key] + column;
         __m512 value[2 * UNITS];
         for (int u = 0; u < UNITS; ++u) {
-            const __m512i bits = _mm512_maskz_loadu_epi16(u + 1 < UNITS ? ~0u : lanes, row + 32 * u);
+            const __m512i bits = _mm512_maskz_loadu_epi16(u + 1 < UNITS ? ~0u : mask, row + 32 * u);
             value[2 * u] = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
             value[2 * u + 1] = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(0xffff0000)));
         }
@@ -111,7 +111,7 @@ void add_values(const float* probs_RL, int rows, const uint16_t* const* row_L, i
                 float* sums_RW) {
     for (int column = 0; column < width; column += 64) {
         const int units = std::min(2, (width - column + 31) / 32), last = width - column - 32 * (units - 1);
-        const __mmask32 lanes = last >= 32 ? ~0u : (1u << last) - 1;
-        VALUES[units - 1][rows - 1](probs_RL, row_L, begin, end, column, lanes, padded(width), sums_RW);
+        const __mmask32 mask = last >= 32 ? ~0u : (1u << last) - 1;
+        VALUES[units - 1][rows - 1](probs_RL, row_L, begin, end, column, mask, padded(width), sums_RW);
     }
 }
