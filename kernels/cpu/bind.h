@@ -5,3 +5,5 @@
 
 void bind_memory(pybind11::module_& module);
 void bind_attention(pybind11::module_& module);
+void bind_gate(pybind11::module_& module);
+void bind_norms(pybind11::module_& module);

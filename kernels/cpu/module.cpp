@@ -6,4 +6,6 @@
 PYBIND11_MODULE(moestro_cpu, module) {
     bind_memory(module);
     bind_attention(module);
+    bind_gate(module);
+    bind_norms(module);
 }
