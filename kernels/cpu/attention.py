@@ -6,6 +6,7 @@ tokens of a block.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -14,20 +15,17 @@ from moestro.kernels.backend import AttentionShape, HeadNorm, PagedAttention, Sp
 from moestro.kernels.cpu.build import load
 
 
+@dataclass(frozen=True, slots=True)
 class CpuAttention(PagedAttention[Any]):
-    """Keys and values in bf16, everything between in fp32; see ``attention_piece.h``. Head widths are even."""
+    """Queries, keys and values in bf16, everything between in fp32; see ``attention_piece.h``."""
 
-    def __init__(self, shape: AttentionShape, norm: HeadNorm | None) -> None:
-        self._module = load()
-        self._shape = self._module.AttentionShape(
-            shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.rotary_dim, shape.scale, shape.window
-        )
-        self._weight_ND = None if norm is None else norm.weight_ND.contiguous()
-        self._eps = 0.0 if norm is None else norm.eps
+    shape: Any  # as the module knows it
+    weight_ND: Tensor | None  # fp32
+    eps: float
 
     def plan(self, spans: Spans) -> Any:
-        return self._module.plan_attention(
-            self._shape,
+        return load().plan_attention(
+            self.shape,
             spans.query_start_S1,
             spans.context_len_S,
             spans.block_table_SB,
@@ -36,7 +34,16 @@ class CpuAttention(PagedAttention[Any]):
         )
 
     def apply(self, qkv_TND: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, kv_NCbD: Tensor, plan: Any) -> Tensor:
-        out_TQD: Tensor = self._module.paged_attention(
-            self._shape, self._weight_ND, self._eps, qkv_TND, cos_T1D, sin_T1D, kv_NCbD, plan
+        """Leaves the queries as they were multiplied in ``qkv_TND``."""
+        out_TQD: Tensor = load().paged_attention(
+            self.shape, self.weight_ND, self.eps, qkv_TND, cos_T1D, sin_T1D, kv_NCbD, plan
         )
         return out_TQD
+
+
+def make_cpu_attention(shape: AttentionShape, norm: HeadNorm | None) -> CpuAttention:
+    """Raises ``ValueError`` where the head width is odd."""
+    ours = load().AttentionShape(
+        shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.rotary_dim, shape.scale, shape.window
+    )
+    return CpuAttention(ours, None, 0.0) if norm is None else CpuAttention(ours, norm.weight_ND, norm.eps)

@@ -8,8 +8,8 @@ decides its contents. Ranks that start together build once: the first holds a lo
 The compiler is called directly: ``torch.utils.cpp_extension.load`` would want ninja and builds one file after the other
 without it. Headers of torch cost seconds each, so that only ``bind_*.cpp`` include them.
 
-One OpenMP runtime: the module asks for ``libgomp.so.1``, and the loader answers with the library of that name which torch
-brought along and loaded before. Hence GCC only; another compiler's runtime would start a second team of threads.
+One OpenMP runtime: the module asks for ``libgomp.so.1``, and the loader answers with the library of that name which
+torch brought along and loaded before. Hence GCC only: another compiler would start a second team of threads.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "rows.h"
+
 // Threads of a parallel region of ours: those of torch (torch.set_num_threads), also on a thread new to torch.
 inline int num_threads() { return at::get_num_threads(); }
 
@@ -22,3 +24,11 @@ inline uint16_t* bf16_of(const at::Tensor& tensor, const char* name) {
 }
 
 inline float* fp32_of(const at::Tensor& tensor, const char* name) { return data_of<float>(tensor, at::kFloat, name); }
+
+// Rows of bf16, which may lie apart as the columns of a wider tensor do.
+inline Rows rows_of(const at::Tensor& x, const char* name) {
+    TORCH_CHECK_TYPE(x.scalar_type() == at::kBFloat16, name, " must be BFloat16, not ", x.scalar_type());
+    TORCH_CHECK_VALUE(x.dim() == 2 && x.is_cpu() && (x.stride(1) == 1 || x.size(1) == 1), name,
+                      " must be rows on the CPU, each contiguous");
+    return {static_cast<const uint16_t*>(x.data_ptr()), x.stride(0), nullptr};
+}

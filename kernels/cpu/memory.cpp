@@ -1,25 +1,70 @@
 #include "memory.h"
 
-#include <immintrin.h>
-#include <omp.h>
+#include <sys/mman.h>
 
-uint64_t read_all(const void* data, size_t bytes, int threads) {
-    const auto* lines = static_cast<const __m512i*>(data);
-    const size_t num_lines = bytes / 64;
-    uint64_t checksum = 0;
-#pragma omp parallel num_threads(threads) reduction(^ : checksum)
-    {
-        const size_t rank = omp_get_thread_num(), team = omp_get_num_threads();
-        const size_t begin = num_lines * rank / team, end = num_lines * (rank + 1) / team;
-        __m512i sum_8[8] = {};  // eight chains, so that no load waits for the one before
-        size_t line = begin;
-        for (; line + 8 <= end; line += 8)
-            for (int i = 0; i < 8; ++i) sum_8[i] = _mm512_xor_si512(sum_8[i], _mm512_loadu_si512(lines + line + i));
-        for (; line < end; ++line) sum_8[0] = _mm512_xor_si512(sum_8[0], _mm512_loadu_si512(lines + line));
-        for (int i = 1; i < 8; ++i) sum_8[0] = _mm512_xor_si512(sum_8[0], sum_8[i]);
-        alignas(64) uint64_t words[8];
-        _mm512_store_si512(words, sum_8[0]);
-        for (uint64_t word : words) checksum ^= word;
+#include <cstdint>
+#include <mutex>
+#include <new>
+
+namespace {
+
+constexpr size_t kPage = size_t{2} << 20;
+constexpr size_t kChunk = size_t{64} << 20;  // a mapping that small pieces share
+constexpr size_t kKept = size_t{64} << 20;   // of scratch memory, per thread
+
+constexpr size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
+
+// One mapping whose first byte lies at a multiple of a page.
+class Mapping {
+  public:
+    explicit Mapping(size_t bytes) : size_(round_up(bytes, kPage) + kPage) {
+        start_ = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (start_ == MAP_FAILED) throw std::bad_alloc();
+        first_ = reinterpret_cast<char*>(round_up(reinterpret_cast<uintptr_t>(start_), kPage));
+        madvise(first_, size_ - kPage, MADV_HUGEPAGE);  // a wish: small pages serve as well
     }
-    return checksum;
+    ~Mapping() { munmap(start_, size_); }
+    Mapping(const Mapping&) = delete;
+    Mapping& operator=(const Mapping&) = delete;
+
+    char* first() const { return first_; }
+    size_t usable() const { return size_ - kPage; }
+
+  private:
+    size_t size_;
+    void* start_;
+    char* first_;
+};
+
+std::mutex chunk_mutex;
+std::weak_ptr<Mapping> chunk;  // where the next small piece goes; alive as long as a piece of it
+size_t chunk_used = 0;
+
+}  // namespace
+
+std::shared_ptr<void> allocate_streamed(size_t bytes) {
+    bytes = round_up(bytes, 64);
+    if (bytes > kChunk / 4) {
+        auto own = std::make_shared<Mapping>(bytes);
+        return {own, own->first()};
+    }
+    const std::lock_guard lock(chunk_mutex);
+    auto shared = chunk.lock();
+    if (!shared || chunk_used + bytes > kChunk) {
+        shared = std::make_shared<Mapping>(kChunk);
+        chunk = shared;
+        chunk_used = 0;
+    }
+    char* piece = shared->first() + chunk_used;
+    chunk_used += bytes;
+    return {shared, piece};
+}
+
+void* scratch(size_t bytes) {
+    thread_local std::unique_ptr<Mapping> kept;
+    if (!kept || kept->usable() < bytes || (kept->usable() > kKept && bytes <= kKept)) {
+        kept.reset();
+        kept = std::make_unique<Mapping>(bytes);
+    }
+    return kept->first();
 }

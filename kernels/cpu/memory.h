@@ -1,9 +1,14 @@
-// Memory for what is streamed: large pages, and how fast the machine can read.
+// Memory that kernels stream: 2 MiB pages, of which a core's TLB covers gigabytes instead of megabytes.
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
+#include <memory>
 
-// The exclusive or of all 64-bit words of `bytes` bytes, read once by all threads: a checksum that must look at every
-// byte, for measuring the bandwidth that kernels are held against. `bytes` beyond a multiple of 64 are not read.
-uint64_t read_all(const void* data, size_t bytes, int threads);
+// Zeroed memory at a multiple of 64 bytes in a mapping that asks for 2 MiB pages. Small pieces share a mapping, which
+// goes back to the system with the last of them; pages that nobody writes take no memory. Safe on any thread. Throws
+// std::bad_alloc.
+std::shared_ptr<void> allocate_streamed(size_t bytes);
+
+// Working memory of the calling thread, at a multiple of 64 bytes, valid until its next call; never zeroed. Up to 64 MiB
+// are kept for the next call, since fresh pages cost more than what is written into them.
+void* scratch(size_t bytes);

@@ -4,8 +4,9 @@
 #include "bind.h"
 
 PYBIND11_MODULE(moestro_cpu, module) {
-    bind_memory(module);
     bind_attention(module);
-    bind_gate(module);
-    bind_norms(module);
+    bind_tokens(module);
+    bind_experts(module);
+    bind_gemm(module);
+    bind_roofs(module);
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -102,5 +103,5 @@ def step(attention: PagedAttention, cache: Cache, pieces: Sequence[tuple[int, Te
 def in_steps(attention: PagedAttention, cache: Cache, sequence: int, qkv_LND: Tensor, cuts: Sequence[int]) -> Tensor:
     """out_LQD of one sequence alone, cut at ``cuts``."""
     bounds = [0, *cuts, len(qkv_LND)]
-    pairs = zip(bounds[:-1], bounds[1:], strict=True)
+    pairs = pairwise(bounds)
     return torch.cat([step(attention, cache, [(sequence, qkv_LND, start, stop)]).out_TQD for start, stop in pairs])

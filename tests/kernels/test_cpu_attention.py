@@ -1,18 +1,20 @@
-"""Attention in C++: against the definition, and bit for bit against itself cut, crowded, permuted and on more threads."""
+"""Attention in C++: against the definition, and bit for bit against itself cut, crowded, permuted, on more threads."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.kernels.cpu_attention_steps import Cache, attention_shape, head_norm, in_steps, random_qkv, step, tables
 
 from moestro.kernels.cpu.build import unavailable_reason
 from moestro.kernels.paged_attention import paged_attention_reference
 from moestro.kernels.plain import PlainBackend
 from moestro.kernels.rms_norm import rms_norm_reference
 from moestro.kernels.rotary import rotate
-from tests.kernels.cpu_attention_steps import Cache, attention_shape, head_norm, in_steps, random_qkv, step, tables
 
 REASON = unavailable_reason()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -155,7 +157,7 @@ def check_invariance(shape, length, block_sizes, cuts, seed, threads=(1, 2)):
             for i, other_LND in enumerate(others):
                 step(attention, cache, [(1 + i, other_LND, 0, length - 1)])
             bounds = [0, *cuts, length]
-            for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+            for start, stop in pairwise(bounds):
                 pieces = [
                     (0, qkv_LND, start, stop),
                     (1, others[0], length - 1, length),
