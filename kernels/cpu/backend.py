@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from moestro.kernels.backend import AttentionShape, HeadNorm, PagedAttention
+from moestro.kernels.cpu.attention import make_cpu_attention
 from moestro.kernels.cpu.build import load, unavailable_reason
 from moestro.kernels.cpu.experts import make_cpu_experts
 from moestro.kernels.cpu.linear import make_cpu_linear
-from moestro.kernels.gate import GateSpec
+from moestro.kernels.gate import GateSpec, GroupSpec, Score
 from moestro.kernels.grouped_experts import ExpertShape, Fill, GroupedExperts
 from moestro.kernels.linear import Linear
 from moestro.kernels.plain import PlainBackend
+
+_ALL_EXPERTS = GroupSpec(num_groups=1, top_k=1)
 
 
 def why_not_cpu(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -53,15 +56,33 @@ class CpuBackend:
         return self.plain.make_experts(shape, fills)
 
     def make_attention(self, shape: AttentionShape, norm: HeadNorm | None) -> PagedAttention[Any]:
+        if _ours(shape.dtype, shape.device) and shape.head_dim % 2 == 0:
+            return make_cpu_attention(shape, norm)
         return self.plain.make_attention(shape, norm)
 
     def add_rms_norm(
         self, x_TM: Tensor, delta_TM: Tensor | None, weight_M: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
+        if _ours(x_TM.dtype, x_TM.device):
+            stream_TM, h_TM = load().add_rms_norm(x_TM, delta_TM, weight_M, eps)
+            return stream_TM, h_TM
         return self.plain.add_rms_norm(x_TM, delta_TM, weight_M, eps)
 
     def route(self, logits_TE: Tensor, bias_E: Tensor | None, spec: GateSpec) -> tuple[Tensor, Tensor]:
-        return self.plain.route(logits_TE, bias_E, spec)
+        if logits_TE.device.type != "cpu":
+            return self.plain.route(logits_TE, bias_E, spec)
+        groups = spec.groups or _ALL_EXPERTS
+        ids_TK, weights_TK = load().route(
+            logits_TE,
+            bias_E,
+            spec.top_k,
+            spec.score is Score.SIGMOID,
+            groups.num_groups,
+            groups.top_k,
+            spec.renormalize,
+            spec.scaling,
+        )
+        return ids_TK, weights_TK
 
 
 def make_cpu_backend() -> CpuBackend:

@@ -3,6 +3,8 @@
 
 #include <pybind11/pybind11.h>
 
+void bind_attention(pybind11::module_& module);
+void bind_tokens(pybind11::module_& module);
 void bind_experts(pybind11::module_& module);
 void bind_gemm(pybind11::module_& module);
 void bind_roofs(pybind11::module_& module);

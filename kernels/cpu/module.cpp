@@ -4,6 +4,8 @@
 #include "bind.h"
 
 PYBIND11_MODULE(moestro_cpu, module) {
+    bind_attention(module);
+    bind_tokens(module);
     bind_experts(module);
     bind_gemm(module);
     bind_roofs(module);

@@ -18,7 +18,10 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-from moestro.kernels.gate import GateSpec, GroupSpec, Score, route
+from moestro.kernels import gate
+from moestro.kernels.cpu.backend import make_cpu_backend
+from moestro.kernels.cpu.build import unavailable_reason
+from moestro.kernels.gate import GateSpec, GroupSpec, Score
 
 SOFTMAX = [
     (MixtralTopKRouter, transformers.MixtralConfig, True, {"num_local_experts": 24}),
@@ -35,6 +38,15 @@ SIGMOID = [
 ]
 # experts, experts per token, groups, groups per token
 GROUPED = [(24, 5, 1, 1), (24, 5, 4, 2), (24, 12, 4, 2), (32, 1, 8, 1), (24, 5, 12, 5), (256, 8, 8, 4)]
+
+
+@pytest.fixture(scope="module", params=["plain", "cpu"])
+def route(request):
+    if request.param == "plain":
+        return gate.route
+    if reason := unavailable_reason():
+        pytest.skip(reason)
+    return make_cpu_backend().route
 
 
 def deepseek(num_experts: int, top_k: int, num_groups: int, group_top_k: int, renormalize: bool = True) -> GateSpec:
@@ -63,7 +75,7 @@ def inputs(spec: GateSpec, num_tokens: int, seed: int) -> tuple[torch.Tensor, to
 
 @pytest.mark.parametrize(("router_class", "config_class", "renormalize", "options"), SOFTMAX)
 @pytest.mark.parametrize("num_tokens", [0, 1, 300])
-def test_same_experts_and_weights_as_transformers(router_class, config_class, renormalize, options, num_tokens):
+def test_same_experts_and_weights_as_transformers(route, router_class, config_class, renormalize, options, num_tokens):
     generator = torch.Generator().manual_seed(0)
     router = router_class(config_class(hidden_size=16, num_experts_per_tok=5, **options))
     with torch.no_grad():
@@ -80,7 +92,7 @@ def test_same_experts_and_weights_as_transformers(router_class, config_class, re
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize("bias_std", [0.0, 0.1, 3.0])
 def test_the_same_with_groups_and_correction_bias(
-    router_class, config_class, num_experts, top_k, num_groups, group_top_k, renormalize, bias_std
+    route, router_class, config_class, num_experts, top_k, num_groups, group_top_k, renormalize, bias_std
 ):
     generator = torch.Generator().manual_seed(1)
     config = config_class(
@@ -128,7 +140,7 @@ def by_definition(logits_E: list[float], bias_E: list[float], spec: GateSpec) ->
 
 @pytest.mark.parametrize("name", SPECS)
 @given(data=st.data())
-def test_among_equals_the_smaller_id_comes_first(name, data):
+def test_among_equals_the_smaller_id_comes_first(route, name, data):
     spec = SPECS[name]
     choose = st.lists(st.sampled_from([0.0, -math.inf]), min_size=spec.num_experts, max_size=spec.num_experts)
     logits = data.draw(choose.filter(lambda values: 0.0 in values))
@@ -139,7 +151,7 @@ def test_among_equals_the_smaller_id_comes_first(name, data):
     assert ids_1K[0].tolist() == by_definition(logits, bias, spec)
 
 
-def test_scores_that_differ_in_the_last_bit_are_not_equal():
+def test_scores_that_differ_in_the_last_bit_are_not_equal(route):
     """Of either sign, and next to zero: the id must not outweigh a score."""
     values = torch.tensor([1.0, 0.5, 1e-3, 1e-30, -1e-30, -1e-3, -0.5, -1.0])
     pairs = torch.stack((torch.nextafter(values, torch.tensor(-9.0)), values), 1)
@@ -154,7 +166,7 @@ def test_scores_that_differ_in_the_last_bit_are_not_equal():
 
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_a_token_does_not_notice_the_others(name, num_threads):
+def test_a_token_does_not_notice_the_others(route, name, num_threads):
     """In no bit: not their number, nor where it stands among them."""
     spec = SPECS[name]
     logits_TE, bias_E = inputs(spec, 700, seed=2)
@@ -170,7 +182,7 @@ def test_a_token_does_not_notice_the_others(name, num_threads):
 
 
 @pytest.mark.parametrize("top_k", range(1, 17))
-def test_nor_does_the_sum_of_its_weights(top_k):
+def test_nor_does_the_sum_of_its_weights(route, top_k):
     spec = GateSpec(40, top_k, renormalize=True)
     logits_TE, _ = inputs(spec, 65, seed=top_k)
     _, weights_TK = route(logits_TE, None, spec)
@@ -179,14 +191,14 @@ def test_nor_does_the_sum_of_its_weights(top_k):
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_no_tokens(name):
+def test_no_tokens(route, name):
     spec = SPECS[name]
     ids_TK, weights_TK = route(*inputs(spec, 0, seed=0), spec)
     assert (ids_TK.shape, ids_TK.dtype) == ((0, spec.top_k), torch.int64)
     assert (weights_TK.shape, weights_TK.dtype) == ((0, spec.top_k), torch.float32)
 
 
-def test_extreme_logits():
+def test_extreme_logits(route):
     logits_TE = torch.tensor(
         [[-1e30, 1e30, 0.0, 0.0], [float("-inf"), 0.0, 3.0, float("-inf")], [-0.0, 0.0, -0.0, 0.0]]
     )
@@ -203,7 +215,7 @@ NEGATIVE_NAN = torch.tensor(-0x400000, dtype=torch.int32).view(torch.float32).it
 
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("bad", [[math.nan], [NEGATIVE_NAN], [math.nan] * 7, "all nan", "all -inf", [math.inf]])
-def test_nan_stays_in_its_row_and_shows_in_its_weights(name, bad):
+def test_nan_stays_in_its_row_and_shows_in_its_weights(route, name, bad):
     spec = SPECS[name]
     logits_TE, bias_E = inputs(spec, 5, seed=3)
     want_ids_TK, want_weights_TK = route(logits_TE, bias_E, spec)

@@ -1,0 +1,47 @@
+#include "norms.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "powers.h"
+#include "vectors.h"
+
+namespace {
+
+constexpr int64_t WORTH_A_TEAM = 32768;  // numbers; waking a thread and waiting for it costs a microsecond or two
+
+void add_rms_norm_row(uint16_t* x_M, const uint16_t* delta_M, const uint16_t* weight_M, float eps, int64_t width,
+                      uint16_t* h_M) {
+    __m512 squares[4] = {};
+    for (int64_t m = 0; m < width; m += 64) {
+        for (int i = 0; i < 4; ++i) {
+            const int64_t at = m + 16 * i;
+            const __mmask16 mask = lanes(std::max<int64_t>(0, width - at));
+            __m512 x = load_bf16(x_M + at, mask);
+            if (delta_M) {
+                store_bf16(x_M + at, _mm512_add_ps(x, load_bf16(delta_M + at, mask)), mask);
+                x = load_bf16(x_M + at, mask);
+            }
+            squares[i] = _mm512_fmadd_ps(x, x, squares[i]);
+        }
+    }
+    const float sum = sum_of(_mm512_add_ps(_mm512_add_ps(squares[0], squares[1]), _mm512_add_ps(squares[2], squares[3])));
+    const __m512 inverse = _mm512_set1_ps(1.f / std::sqrt(sum / static_cast<float>(width) + eps));
+    for (int64_t m = 0; m < width; m += 16) {
+        const __mmask16 mask = lanes(width - m);
+        const __m512 normed = _mm512_mul_ps(load_bf16(x_M + m, mask), inverse);
+        store_bf16(h_M + m, _mm512_mul_ps(normed, load_bf16(weight_M + m, mask)), mask);
+    }
+}
+
+}  // namespace
+
+void add_rms_norm(uint16_t* x_TM, const uint16_t* delta_TM, const uint16_t* weight_M, float eps, int64_t tokens,
+                  int64_t width, uint16_t* h_TM, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (tokens * width >= WORTH_A_TEAM)
+    for (int64_t t = 0; t < tokens; ++t)
+        add_rms_norm_row(x_TM + t * width, delta_TM ? delta_TM + t * width : nullptr, weight_M, eps, width,
+                         h_TM + t * width);
+}
