@@ -116,7 +116,7 @@ def noninvariant(model: Decoder) -> Decoder:
     """``model``, of the plain backend, with other kernels around the same weights: bf16, MoE layers without shared
     experts."""
     layers = tuple(replace(layer, attention=_attention(layer.attention), mlp=_mlp(layer.mlp)) for layer in model.layers)
-    return replace(model, layers=layers, head=replace(model.head, linear=AnyRows(model.head.linear)))
+    return replace(model.with_layers(layers), head=replace(model.head, linear=AnyRows(model.head.linear)))
 
 
 def _attention(block: Attention) -> Any:

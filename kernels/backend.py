@@ -80,6 +80,41 @@ class PagedAttention(Protocol[Plan]):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class LayerParts:
+    """A layer of plain attention and a mixture whose experts are all here, as what its backend made of it."""
+
+    attention_norm_M: Tensor
+    mlp_norm_M: Tensor
+    eps: float
+    qkv: Linear
+    attention: PagedAttention[Any]
+    out: Linear
+    gate: Linear
+    gate_spec: GateSpec
+    gate_bias_E: Tensor | None
+    experts: GroupedExperts
+
+
+class LayerStack(Protocol):
+    """Several layers in one call. Legend: Y layers, L slots of a layer."""
+
+    def run(
+        self,
+        x_TM: Tensor,
+        cos_T1D: Tensor,
+        sin_T1D: Tensor,
+        plan_Y: Sequence[Any],
+        kv_Y: Sequence[Tensor],
+        slot_YE: Sequence[Tensor],
+        rows_YL: Sequence[Tensor],
+        wants_hidden: bool,
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Leaves in ``x_TM`` the stream after the last layer; returns weights_TK of every gate and, where wanted,
+        hidden_YTM, the stream after each layer. ``slot_YE`` says where each layer's experts are; the rows that a slot
+        computed are added to ``rows_YL``. The bits are those of the layers' parts called one by one."""
+
+
 class Backend(Protocol):
     """The operations of a layer on one kind of device."""
 
@@ -102,6 +137,9 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """The residual stream ``x + delta`` (rounded to the dtype of x) and its RMS norm times ``weight``, reduced in
         fp32. The stream may be ``x_TM`` itself, overwritten. Without ``delta_TM`` it is ``x_TM``."""
+
+    def make_stack(self, layers: Sequence[LayerParts]) -> LayerStack | None:
+        """All of these layers as one, where the backend has a way that gains something; else None."""
 
     def route(self, logits_TE: Tensor, bias_E: Tensor | None, spec: GateSpec) -> tuple[Tensor, Tensor]:
         """The choice that ``gate.route`` describes: ids_TK (int64) and weights_TK (fp32). Scores may differ from its own

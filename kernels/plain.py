@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moestro.kernels.attention_tiles import AttentionTiles, attention_tiles
-from moestro.kernels.backend import AttentionShape, HeadNorm, PagedAttention, Spans
+from moestro.kernels.backend import AttentionShape, HeadNorm, LayerParts, PagedAttention, Spans
 from moestro.kernels.gate import GateSpec, route
 from moestro.kernels.grouped_experts import ExpertShape, Fill, GroupedExperts, make_experts
 from moestro.kernels.linear import Linear, empty_weight, make_linear
@@ -81,6 +81,9 @@ class PlainBackend:
     ) -> tuple[Tensor, Tensor]:
         sum_TM = x_TM if delta_TM is None else x_TM + delta_TM
         return sum_TM, rms_norm(sum_TM, weight_M, eps)
+
+    def make_stack(self, layers: Sequence[LayerParts]) -> None:
+        return None
 
     def route(self, logits_TE: Tensor, bias_E: Tensor | None, spec: GateSpec) -> tuple[Tensor, Tensor]:
         return route(logits_TE, bias_E, spec)

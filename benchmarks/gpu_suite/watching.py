@@ -100,7 +100,7 @@ def counting(decoder: Decoder) -> tuple[Decoder, list[Tensor]]:
     layers = tuple(
         replace(layer, mlp=counted(layer.mlp)) if isinstance(layer.mlp, MoeMlp) else layer for layer in decoder.layers
     )
-    return replace(decoder, layers=layers), distinct
+    return decoder.with_layers(layers), distinct
 
 
 def kernels_of(call: Any, num_steps: int, top: int = 12) -> Values:

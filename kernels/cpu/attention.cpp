@@ -45,22 +45,30 @@ void empty(const AttentionTensors& tensors, const Emptied& emptied) {
 
 void paged_attention(const AttentionPlan& plan, const AttentionTensors& tensors, const Turn& turn, const int64_t* slot_T,
                      int num_tokens, int threads) {
-    static thread_local Scratch scratch;  // of the caller; the team shares it
+#pragma omp parallel num_threads(plan.work < WORTH_A_TEAM ? 1 : threads)
+    paged_attention_by_team(plan, tensors, turn, slot_T, num_tokens);
+}
+
+void paged_attention_by_team(const AttentionPlan& plan, const AttentionTensors& tensors, const Turn& turn,
+                             const int64_t* slot_T, int num_tokens) {
     AttentionTensors shared = tensors;
-    shared.partials_P = scratch.floats(plan.num_partials * partial_stride(tensors.shape));
     const int heads = heads_of_token(tensors.shape), num_heads = num_tokens * heads;
     const int num_pieces = static_cast<int>(plan.pieces.size()), num_joined = static_cast<int>(plan.joined.size());
-#pragma omp parallel num_threads(plan.work < WORTH_A_TEAM ? 1 : threads)
-    {
+    if (num_joined > 0) {
+        static thread_local Scratch scratch;  // of whichever thread is first; the team shares it
+        float* partials_P = nullptr;
+#pragma omp single copyprivate(partials_P)
+        partials_P = scratch.floats(plan.num_partials * partial_stride(tensors.shape));
+        shared.partials_P = partials_P;
+    }
 #pragma omp for schedule(static) nowait
-        for (size_t i = 0; i < plan.emptied.size(); ++i) empty(shared, plan.emptied[i]);
+    for (size_t i = 0; i < plan.emptied.size(); ++i) empty(shared, plan.emptied[i]);
 #pragma omp for schedule(static)
-        for (int i = 0; i < num_heads; ++i) place_head(shared, turn, slot_T[i / heads], i / heads, i % heads);
+    for (int i = 0; i < num_heads; ++i) place_head(shared, turn, slot_T[i / heads], i / heads, i % heads);
 #pragma omp for schedule(dynamic, 1)
-        for (int i = 0; i < num_pieces; ++i) attend(plan.pieces[i], shared);
-        if (num_joined > 0) {
+    for (int i = 0; i < num_pieces; ++i) attend(plan.pieces[i], shared);
+    if (num_joined > 0) {
 #pragma omp for schedule(static)
-            for (int i = 0; i < num_joined; ++i) join(plan.joined[i], shared);
-        }
+        for (int i = 0; i < num_joined; ++i) join(plan.joined[i], shared);
     }
 }

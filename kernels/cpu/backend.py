@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moestro.kernels.backend import AttentionShape, HeadNorm, PagedAttention
+from moestro.kernels.backend import AttentionShape, HeadNorm, LayerParts, LayerStack, PagedAttention
 from moestro.kernels.cpu.attention import make_cpu_attention
 from moestro.kernels.cpu.build import load, unavailable_reason
 from moestro.kernels.cpu.experts import make_cpu_experts
+from moestro.kernels.cpu.gate import cpu_gate
 from moestro.kernels.cpu.linear import make_cpu_linear
-from moestro.kernels.gate import GateSpec, GroupSpec, Score
+from moestro.kernels.cpu.stack import make_cpu_stack
+from moestro.kernels.gate import GateSpec
 from moestro.kernels.grouped_experts import ExpertShape, Fill, GroupedExperts
 from moestro.kernels.linear import Linear
 from moestro.kernels.plain import PlainBackend
-
-_ALL_EXPERTS = GroupSpec(num_groups=1, top_k=1)
 
 
 def why_not_cpu(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -68,20 +68,13 @@ class CpuBackend:
             return stream_TM, h_TM
         return self.plain.add_rms_norm(x_TM, delta_TM, weight_M, eps)
 
+    def make_stack(self, layers: Sequence[LayerParts]) -> LayerStack | None:
+        return make_cpu_stack(layers)
+
     def route(self, logits_TE: Tensor, bias_E: Tensor | None, spec: GateSpec) -> tuple[Tensor, Tensor]:
         if logits_TE.device.type != "cpu":
             return self.plain.route(logits_TE, bias_E, spec)
-        groups = spec.groups or _ALL_EXPERTS
-        ids_TK, weights_TK = load().route(
-            logits_TE,
-            bias_E,
-            spec.top_k,
-            spec.score is Score.SIGMOID,
-            groups.num_groups,
-            groups.top_k,
-            spec.renormalize,
-            spec.scaling,
-        )
+        ids_TK, weights_TK = load().route(logits_TE, bias_E, cpu_gate(spec))
         return ids_TK, weights_TK
 
 

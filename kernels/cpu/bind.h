@@ -8,3 +8,4 @@ void bind_tokens(pybind11::module_& module);
 void bind_experts(pybind11::module_& module);
 void bind_gemm(pybind11::module_& module);
 void bind_roofs(pybind11::module_& module);
+void bind_stack(pybind11::module_& module);

@@ -3,17 +3,12 @@
 
 #include "attention.h"
 #include "bind.h"
+#include "bind_plan.h"
 #include "checks.h"
 
 namespace {
 
-struct Plan {
-    AttentionPlan pieces;
-    at::Tensor block_table_SB, slot_T;
-    int block_size;
-};
-
-Plan plan(const AttentionShape& shape, const std::vector<int>& query_start_S1, const std::vector<int>& context_len_S,
+BoundPlan plan(const AttentionShape& shape, const std::vector<int>& query_start_S1, const std::vector<int>& context_len_S,
           const at::Tensor& block_table_SB, const at::Tensor& slot_T, int block_size) {
     const int64_t spans = static_cast<int64_t>(context_len_S.size());
     TORCH_CHECK_VALUE(static_cast<int64_t>(query_start_S1.size()) == spans + 1, "query_start must have an entry more");
@@ -26,7 +21,7 @@ Plan plan(const AttentionShape& shape, const std::vector<int>& query_start_S1, c
 
 at::Tensor apply(const AttentionShape& shape, const std::optional<at::Tensor>& weight_NW, float eps,
                  const at::Tensor& qkv_TNW, const at::Tensor& cos_T1R, const at::Tensor& sin_T1R,
-                 const at::Tensor& kv_NCbW, const Plan& plan) {
+                 const at::Tensor& kv_NCbW, const BoundPlan& plan) {
     const int64_t tokens = qkv_TNW.size(0);
     TORCH_CHECK_VALUE(qkv_TNW.numel() == tokens * heads_of_token(shape) * shape.width, "qkv has another shape");
     TORCH_CHECK_VALUE(plan.slot_T.numel() == tokens, "the plan has ", plan.slot_T.numel(), " tokens, qkv ", tokens);
@@ -66,7 +61,7 @@ void bind_attention(pybind11::module_& module) {
             TORCH_CHECK_VALUE(!window || *window > 0, "window must be positive");
             return AttentionShape{heads, kv_heads, width, rotary_width, scale, window.value_or(NO_WINDOW)};
         }));
-    py::class_<Plan>(module, "AttentionPlan");
+    py::class_<BoundPlan>(module, "AttentionPlan");
     module.def("plan_attention", &plan);
     module.def("paged_attention", &apply, py::call_guard<py::gil_scoped_release>());
 }

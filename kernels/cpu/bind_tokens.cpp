@@ -22,15 +22,19 @@ Pair add_norm(const at::Tensor& x_TM, const std::optional<at::Tensor>& delta_TM,
     return {x_TM, h_TM};
 }
 
-Pair route_tokens(const at::Tensor& logits_TE, const std::optional<at::Tensor>& bias_E, int64_t top_k, bool sigmoid,
-                  int64_t num_groups, int64_t top_groups, bool renormalize, float scaling) {
-    TORCH_CHECK_VALUE(logits_TE.dim() == 2, "logits must have two dimensions");
-    const int64_t tokens = logits_TE.size(0), experts = logits_TE.size(1);
-    const Gate gate = {experts, top_k, sigmoid, num_groups, top_groups, renormalize, scaling};
+Gate gate_of(int64_t experts, int64_t top_k, bool sigmoid, int64_t num_groups, int64_t top_groups, bool renormalize,
+             float scaling) {
     TORCH_CHECK_VALUE(num_groups == 1 || (experts % num_groups == 0 && experts >= 2 * num_groups), experts,
                       " experts are not ", num_groups, " equal groups of at least 2");
     TORCH_CHECK_VALUE(top_k > 0 && top_groups <= num_groups && top_k <= experts / num_groups * top_groups,
                       "the groups that are kept do not hold ", top_k, " experts");
+    return {experts, top_k, sigmoid, num_groups, top_groups, renormalize, scaling};
+}
+
+Pair route_tokens(const at::Tensor& logits_TE, const std::optional<at::Tensor>& bias_E, const Gate& gate) {
+    const int64_t experts = gate.num_experts, top_k = gate.top_k;
+    TORCH_CHECK_VALUE(logits_TE.dim() == 2 && logits_TE.size(1) == experts, "logits of ", experts, " experts are needed");
+    const int64_t tokens = logits_TE.size(0);
     TORCH_CHECK_VALUE(!bias_E || bias_E->numel() == experts, "the bias has another number of experts");
     const bool narrow = logits_TE.scalar_type() == at::kBFloat16;
     const Logits logits = {narrow ? nullptr : fp32_of(logits_TE, "logits"),
@@ -46,5 +50,6 @@ Pair route_tokens(const at::Tensor& logits_TE, const std::optional<at::Tensor>& 
 
 void bind_tokens(pybind11::module_& module) {
     module.def("add_rms_norm", &add_norm, "The stream, x + delta left in x, and its norm.");
+    pybind11::class_<Gate>(module, "Gate").def(pybind11::init(&gate_of));
     module.def("route", &route_tokens, "ids_TK and weights_TK.");
 }

@@ -171,6 +171,32 @@ Phases phases_of(const ExpertSize& size, const std::vector<Job>& jobs, const Row
             Tasks(jobs, size.gate_up_elements(), size.model_width, size.width)};
 }
 
+// What the threads of a team share while they mix: working memory of the thread that made it.
+struct Mixing {
+    std::vector<Job> jobs;
+    uint16_t* rows;  // finished ones, in the order of pairs
+    Phases phases;
+
+    // Null if a slot does not exist.
+    static Mixing* make(const Experts& experts, const Rows& x, int64_t num_pairs, int64_t per_token,
+                        const int64_t* slots, int64_t* count_of_slot) {
+        const ExpertSize& size = experts.size;
+        auto* token = static_cast<int32_t*>(scratch(num_pairs * (2 * sizeof(int32_t) + size.row_bytes())));
+        auto* pair = token + num_pairs;
+        auto* hidden = reinterpret_cast<uint16_t*>(pair + num_pairs);
+        auto* rows = hidden + num_pairs * size.width;
+        if (!sort_pairs(slots, per_token, {num_pairs, token, pair, count_of_slot, experts.num_slots})) return nullptr;
+        return new Mixing(jobs_of(experts, count_of_slot), size, {x.base, x.stride, token}, hidden, rows, pair);
+    }
+
+  private:
+    Mixing(std::vector<Job>&& its_jobs, const ExpertSize& size, const Rows& x, uint16_t* hidden, uint16_t* its_rows,
+           const int32_t* pair)
+        : jobs(std::move(its_jobs)),
+          rows(its_rows),
+          phases(phases_of(size, jobs, x, hidden, {its_rows, size.model_width, pair})) {}
+};
+
 }  // namespace
 
 void pack_expert(const ExpertSize& size, const uint16_t* gate_up, const uint16_t* down, uint16_t* packed) {
@@ -201,24 +227,30 @@ void apply_experts(const Experts& experts, const Rows& x, const int64_t* count_o
 
 bool mix_experts(const Experts& experts, const Rows& x, int64_t num_tokens, int64_t per_token, const int64_t* slots,
                  const float* weights, uint16_t* y, int64_t* count_of_slot, int threads) {
-    const ExpertSize& size = experts.size;
-    const int64_t num_pairs = num_tokens * per_token;
-    auto* token = static_cast<int32_t*>(scratch(num_pairs * (2 * sizeof(int32_t) + size.row_bytes())));
-    auto* pair = token + num_pairs;
-    auto* hidden = reinterpret_cast<uint16_t*>(pair + num_pairs);
-    auto* rows = hidden + num_pairs * size.width;
-    if (!sort_pairs(slots, per_token, {num_pairs, token, pair, count_of_slot, experts.num_slots})) return false;
-
-    const std::vector<Job> jobs = jobs_of(experts, count_of_slot);
-    Phases phases = phases_of(size, jobs, {x.base, x.stride, token}, hidden, {rows, size.model_width, pair});
-#pragma omp parallel num_threads(team_for(size, num_pairs, threads))
+    bool ok = false;
+#pragma omp parallel num_threads(team_for(experts.size, num_tokens * per_token, threads))
     {
-        phases.run();
-#pragma omp barrier
-#pragma omp for schedule(static) nowait
-        for (int64_t t = 0; t < num_tokens; ++t)
-            sum_token(rows + t * per_token * size.model_width, weights + t * per_token, per_token, size.model_width,
-                      y + t * size.model_width);
+        const bool mine = mix_experts_by_team(experts, x, num_tokens, per_token, slots, weights, y, count_of_slot);
+#pragma omp single
+        ok = mine;
     }
+    return ok;
+}
+
+bool mix_experts_by_team(const Experts& experts, const Rows& x, int64_t num_tokens, int64_t per_token,
+                         const int64_t* slots, const float* weights, uint16_t* y, int64_t* count_of_slot) {
+    const ExpertSize& size = experts.size;
+    Mixing* mixing = nullptr;
+#pragma omp single copyprivate(mixing)
+    mixing = Mixing::make(experts, x, num_tokens * per_token, per_token, slots, count_of_slot);
+    if (mixing == nullptr) return false;
+    mixing->phases.run();
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < num_tokens; ++t)
+        sum_token(mixing->rows + t * per_token * size.model_width, weights + t * per_token, per_token, size.model_width,
+                  y + t * size.model_width);
+#pragma omp single nowait
+    delete mixing;
     return true;
 }

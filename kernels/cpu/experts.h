@@ -39,3 +39,7 @@ void apply_experts(const Experts& experts, const Rows& x, const int64_t* count_o
 // pairs each slot had. False, with nothing computed, if a slot is not in [0, num_slots).
 bool mix_experts(const Experts& experts, const Rows& x, int64_t num_tokens, int64_t per_token, const int64_t* slots,
                  const float* weights, uint16_t* y, int64_t* count_of_slot, int threads);
+
+// The same by the team of the parallel region around, all of whose threads call it and leave it together.
+bool mix_experts_by_team(const Experts& experts, const Rows& x, int64_t num_tokens, int64_t per_token,
+                         const int64_t* slots, const float* weights, uint16_t* y, int64_t* count_of_slot);

@@ -128,19 +128,22 @@ void choose(const Gate& gate, const Row& row, int64_t* ids_K, float* weights_K) 
 
 void route(const Gate& gate, const Logits& logits, const float* bias_E, int64_t tokens, int64_t* ids_TK, float* weights_TK,
            int threads) {
-    const int64_t experts = (gate.num_experts + 15) / 16 * 16, groups = (gate.num_groups + 15) / 16 * 16;
 #pragma omp parallel num_threads(threads) if (tokens * gate.num_experts >= WORTH_A_TEAM)
-    {
-        static thread_local Scratch scratch;
-        float* memory = scratch.floats(3 * experts + groups);
-        auto* keys = reinterpret_cast<int32_t*>(memory + 2 * experts);
-        const Row row = {memory, memory + experts, keys, keys + experts};
+    route_by_team(gate, logits, bias_E, tokens, ids_TK, weights_TK);
+}
+
+void route_by_team(const Gate& gate, const Logits& logits, const float* bias_E, int64_t tokens, int64_t* ids_TK,
+                   float* weights_TK) {
+    const int64_t experts = (gate.num_experts + 15) / 16 * 16, groups = (gate.num_groups + 15) / 16 * 16;
+    static thread_local Scratch scratch;
+    float* memory = scratch.floats(3 * experts + groups);
+    auto* keys = reinterpret_cast<int32_t*>(memory + 2 * experts);
+    const Row row = {memory, memory + experts, keys, keys + experts};
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; ++t) {
-            score(gate, logits, t, row.scores_E);
-            make_keys(gate, bias_E, row);
-            if (gate.num_groups > 1) drop_groups(gate, row);
-            choose(gate, row, ids_TK + t * gate.top_k, weights_TK + t * gate.top_k);
-        }
+    for (int64_t t = 0; t < tokens; ++t) {
+        score(gate, logits, t, row.scores_E);
+        make_keys(gate, bias_E, row);
+        if (gate.num_groups > 1) drop_groups(gate, row);
+        choose(gate, row, ids_TK + t * gate.top_k, weights_TK + t * gate.top_k);
     }
 }

@@ -22,3 +22,7 @@ struct Logits {
 // the experts, so that a token's bits depend on its own logits only.
 void route(const Gate& gate, const Logits& logits, const float* bias_E, int64_t tokens, int64_t* ids_TK, float* weights_TK,
            int threads);
+
+// The same by the team of the parallel region around, all of whose threads call it and leave it together.
+void route_by_team(const Gate& gate, const Logits& logits, const float* bias_E, int64_t tokens, int64_t* ids_TK,
+                   float* weights_TK);

@@ -76,9 +76,15 @@ constexpr int64_t kWorthATeam = 1 << 15;  // elements of weights, or products: b
 
 void multiply(const Rows& x, int64_t num_rows, int64_t inputs, const uint16_t* packed, int64_t columns,
               const uint16_t* bias, const Output& y, int threads) {
-    const Product product{x, inputs, packed, columns, bias, y};
-    const int64_t vectors = padded_columns(columns) / kLanes;
     const bool alone = num_rows * columns * inputs < kWorthATeam;
 #pragma omp parallel num_threads(alone ? 1 : threads)
+    multiply_by_team(x, num_rows, inputs, packed, columns, bias, y);
+}
+
+void multiply_by_team(const Rows& x, int64_t num_rows, int64_t inputs, const uint16_t* packed, int64_t columns,
+                      const uint16_t* bias, const Output& y) {
+    const Product product{x, inputs, packed, columns, bias, y};
+    const int64_t vectors = padded_columns(columns) / kLanes;
     product.compute(part_of(omp_get_thread_num(), omp_get_num_threads(), num_rows, vectors));
+#pragma omp barrier
 }

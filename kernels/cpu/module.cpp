@@ -9,4 +9,5 @@ PYBIND11_MODULE(moestro_cpu, module) {
     bind_experts(module);
     bind_gemm(module);
     bind_roofs(module);
+    bind_stack(module);
 }

@@ -40,7 +40,13 @@ void add_rms_norm_row(uint16_t* x_M, const uint16_t* delta_M, const uint16_t* we
 
 void add_rms_norm(uint16_t* x_TM, const uint16_t* delta_TM, const uint16_t* weight_M, float eps, int64_t tokens,
                   int64_t width, uint16_t* h_TM, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (tokens * width >= WORTH_A_TEAM)
+#pragma omp parallel num_threads(threads) if (tokens * width >= WORTH_A_TEAM)
+    add_rms_norm_by_team(x_TM, delta_TM, weight_M, eps, tokens, width, h_TM);
+}
+
+void add_rms_norm_by_team(uint16_t* x_TM, const uint16_t* delta_TM, const uint16_t* weight_M, float eps, int64_t tokens,
+                          int64_t width, uint16_t* h_TM) {
+#pragma omp for schedule(static)
     for (int64_t t = 0; t < tokens; ++t)
         add_rms_norm_row(x_TM + t * width, delta_TM ? delta_TM + t * width : nullptr, weight_M, eps, width,
                          h_TM + t * width);

@@ -204,6 +204,6 @@ def test_a_product_that_depends_on_the_rows_is_found(tmp_path: Path) -> None:
     wanted = requests([random_ids(n, seed=n) for n in (9, 14, 5)])
     linear = RowsDecide(model.layers[1].attention.out, theirs.model.layers[1].self_attn.o_proj.weight.detach())
     broken = replace(model.layers[1], attention=replace(model.layers[1].attention, out=linear))
-    planted = replace(model, layers=(model.layers[0], broken))
+    planted = model.with_layers((model.layers[0], broken))
     assert not differences(model, wanted, alone(model, wanted), seed=7, perturbations=((16, 400),))
     assert differences(planted, wanted, alone(planted, wanted), seed=7, perturbations=((16, 400),))

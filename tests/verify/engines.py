@@ -112,4 +112,4 @@ def _with_tiles(decoder: Decoder, in_layer: int, num_rows: Callable[[Tensor], in
     attention = layers[in_layer].attention
     faulty = replace(attention, out=TiledByBatch(attention.out, num_rows))
     layers[in_layer] = replace(layers[in_layer], attention=faulty)
-    return replace(decoder, layers=tuple(layers))
+    return decoder.with_layers(tuple(layers))

@@ -5,39 +5,28 @@ Legend: T tokens, N ranks of the group, M model width, R rows whose logits are w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moestro.kernels.backend import Backend, Spans
+from moestro.kernels.backend import Spans
 from moestro.kernels.rms_norm import rms_norm
 from moestro.router.expert_parallel import ExpertParallel
 from moestro.router.parallel import TensorParallel
 from moestro.workers.batch import Batch
 from moestro.workers.kv_cache import CacheSpec, KVCache
-from moestro.workers.model.attention import Attention, build_attention
-from moestro.workers.model.mlp import DenseMlp, build_mlp
+from moestro.workers.model.attention import build_attention
+from moestro.workers.model.layer_stack import DecoderLayer, LayerStack, LoopedStack, Rotation, make_stack
+from moestro.workers.model.mlp import build_mlp
 from moestro.workers.model.moe import ExpertBank, MoeMlp, build_moe
 from moestro.workers.model.rope import Rope, make_rope
 from moestro.workers.model.sharding import token_shares
 from moestro.workers.model.vocabulary import Embedding, LMHead, build_vocabulary
 from moestro.workers.model.weights import WeightSource, read
 from moestro.workers.model_config import DenseSpec, LayerSpec, ModelConfig, MoeSpec
-
-
-@dataclass(frozen=True, slots=True)
-class DecoderLayer:
-    """One layer; ``group`` says which of the step's plans and tables are its own."""
-
-    attention_norm_M: Tensor
-    attention: Attention
-    mlp_norm_M: Tensor
-    mlp: DenseMlp | MoeMlp
-    group: int
-    eps: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +37,17 @@ class Decoder:
     cache_spec: CacheSpec
     embedding: Embedding
     rope: Rope
-    layers: tuple[DecoderLayer, ...]
+    stack: LayerStack
     norm_M: Tensor
     head: LMHead
-    backend: Backend
+
+    @property
+    def layers(self) -> tuple[DecoderLayer, ...]:
+        return self.stack.layers
+
+    def with_layers(self, layers: tuple[DecoderLayer, ...]) -> Decoder:
+        """The same model around other layers, which are run one by one."""
+        return replace(self, stack=LoopedStack(layers, self.stack.backend))
 
     @property
     def banks(self) -> dict[int, ExpertBank]:
@@ -68,21 +64,9 @@ class Decoder:
             return self._step_along(batch)
         routed_N = token_shares(batch.num_tokens_N, self.embedding.tp.size)
         plans_G = self._plan(batch, cache)
-        cos_T1D, sin_T1D = self.rope.tables(batch.positions_T)
-        x_TM, delta_TM = self.embedding.forward(batch.token_ids_T), None
-        add_rms_norm = self.backend.add_rms_norm
-        for index, (layer, kv_NCbD) in enumerate(zip(self.layers, cache.layers, strict=True)):
-            x_TM, h_TM = add_rms_norm(x_TM, delta_TM, layer.attention_norm_M, layer.eps)
-            delta_TM = layer.attention.forward(h_TM, cos_T1D, sin_T1D, plans_G[layer.group], kv_NCbD)
-            x_TM, h_TM = add_rms_norm(x_TM, delta_TM, layer.mlp_norm_M, layer.eps)
-            if isinstance(layer.mlp, MoeMlp):
-                delta_TM = layer.mlp.forward(h_TM, routed_N, partial(batch.health.saw_gate, index))
-            else:
-                delta_TM = layer.mlp.forward(h_TM)
-            if batch.trace is not None:
-                batch.trace.take(x_TM + delta_TM)
-        if delta_TM is not None:
-            x_TM = x_TM + delta_TM
+        rotation = Rotation(*self.rope.tables(batch.positions_T))
+        x_TM = self.embedding.forward(batch.token_ids_T)
+        x_TM = self.stack.forward(x_TM, rotation, plans_G, routed_N, batch, cache)
         batch.health.saw_result(x_TM)
         x_RM = rms_norm(x_TM.index_select(0, batch.logit_rows_R), self.norm_M, self.config.norm_eps)
         return self.head.forward(x_RM)
@@ -134,10 +118,9 @@ def build_decoder(
         ),
         embedding=embedding,
         rope=make_rope(config.rope, source.device),
-        layers=tuple(layers),
+        stack=make_stack(tuple(layers), source.backend),
         norm_M=read(source, "model.norm.weight", config.hidden_size),
         head=head,
-        backend=source.backend,
     )
 
 
