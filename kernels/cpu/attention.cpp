@@ -9,7 +9,7 @@
 
 namespace {
 
-constexpr double WORTH_A_TEAM = 1.5e6;  // products; waking a thread and waiting for it costs a microsecond or two
+constexpr double kWorthATeam = 1.5e6;  // products; waking a thread and waiting for it costs a microsecond or two
 
 // Where a head of a token's key or value lies in the cache; slabs are key heads, then value heads.
 uint16_t* cached(const AttentionTensors& tensors, int64_t block, int slab, int offset) {
@@ -50,7 +50,7 @@ void paged_attention(const AttentionPlan& plan, const AttentionTensors& tensors,
     shared.partials_P = scratch.floats(plan.num_partials * partial_stride(tensors.shape));
     const int heads = heads_of_token(tensors.shape), num_heads = num_tokens * heads;
     const int num_pieces = static_cast<int>(plan.pieces.size()), num_joined = static_cast<int>(plan.joined.size());
-#pragma omp parallel num_threads(plan.work < WORTH_A_TEAM ? 1 : threads)
+#pragma omp parallel num_threads(plan.work < kWorthATeam ? 1 : threads)
     {
 #pragma omp for schedule(static) nowait
         for (size_t i = 0; i < plan.emptied.size(); ++i) empty(shared, plan.emptied[i]);

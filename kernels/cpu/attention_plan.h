@@ -11,13 +11,13 @@
 #include <cstdint>
 #include <vector>
 
-constexpr int CHUNK = 64, SEGMENT = 512;
-constexpr int NO_WINDOW = INT_MAX;
+constexpr int kChunk = 64, kSegment = 512;
+constexpr int kNoWindow = INT_MAX;
 
 struct AttentionShape {
     int heads, kv_heads, width, rotary_width;
     float scale;
-    int window;  // keys that a query sees, its own included; NO_WINDOW: all
+    int window;  // keys that a query sees, its own included; kNoWindow: all
 };
 
 struct Queries {

@@ -10,13 +10,13 @@
 
 #include "attention_plan.h"
 
-constexpr int MAX_ROWS = 6;
+constexpr int kMaxRows = 6;
 
 // keys_pL: pair p of key l, from the keys' rows of `width` (even) numbers. Keys beyond the next multiple of 16 above
-// `num_keys` are left as they were; row_L points at CHUNK readable rows.
+// `num_keys` are left as they were; row_L points at kChunk readable rows.
 void transpose_keys(const uint16_t* const* row_L, int num_keys, int width, uint32_t* keys_pL);
 
-// scores_RL = q k^T * factor, of the first `num_keys` keys, rounded up to a multiple of 16. Rows lie CHUNK apart.
+// scores_RL = q k^T * factor, of the first `num_keys` keys, rounded up to a multiple of 16. Rows lie kChunk apart.
 void multiply_keys(const uint16_t* const* q_R, int rows, const uint32_t* keys_pL, int num_keys, int width, float factor,
                    float* scores_RL);
 

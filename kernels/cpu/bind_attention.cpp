@@ -64,7 +64,7 @@ void bind_attention(pybind11::module_& module) {
             TORCH_CHECK_VALUE(rotary_width >= 0 && rotary_width <= width && rotary_width % 2 == 0,
                               "rotary_width must be even and at most width, not ", rotary_width);
             TORCH_CHECK_VALUE(!window || *window > 0, "window must be positive");
-            return AttentionShape{heads, kv_heads, width, rotary_width, scale, window.value_or(NO_WINDOW)};
+            return AttentionShape{heads, kv_heads, width, rotary_width, scale, window.value_or(kNoWindow)};
         }));
     py::class_<Plan>(module, "AttentionPlan");
     module.def("plan_attention", &plan);

@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int64_t WORTH_A_TEAM = 32768;  // numbers; waking a thread and waiting for it costs a microsecond or two
+constexpr int64_t kWorthATeam = 32768;  // numbers; waking a thread and waiting for it costs a microsecond or two
 
 void add_rms_norm_row(uint16_t* x_M, const uint16_t* delta_M, const uint16_t* weight_M, float eps, int64_t width,
                       uint16_t* h_M) {
@@ -40,7 +40,7 @@ void add_rms_norm_row(uint16_t* x_M, const uint16_t* delta_M, const uint16_t* we
 
 void add_rms_norm(uint16_t* x_TM, const uint16_t* delta_TM, const uint16_t* weight_M, float eps, int64_t tokens,
                   int64_t width, uint16_t* h_TM, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (tokens * width >= WORTH_A_TEAM)
+#pragma omp parallel for schedule(static) num_threads(threads) if (tokens * width >= kWorthATeam)
     for (int64_t t = 0; t < tokens; ++t)
         add_rms_norm_row(x_TM + t * width, delta_TM ? delta_TM + t * width : nullptr, weight_M, eps, width,
                          h_TM + t * width);
