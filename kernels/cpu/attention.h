@@ -14,5 +14,5 @@ struct Turn {
 
 // Leaves queries in `tensors.qkv_TNW`, keys and values in the cache at slot_T (block * block size + offset), and the
 // result in `tensors.out_TQW`.
-void paged_attention(const AttentionPlan& plan, const AttentionTensors& tensors, const Turn& turn, const int64_t* slot_T,
-                     int num_tokens, int threads);
+void paged_attention(const AttentionPlan& plan, const AttentionTensors& tensors, const Turn& turn,
+                     const int64_t* slot_T, int num_tokens);

@@ -28,7 +28,8 @@ Range seeing(const Queries& queries, int window, int begin, int end) {
 }
 
 // sums = sums * 2^(maximum - new) + more * 2^(more_maximum - new): the next segment's sums join those before it.
-void join_row(float* sums_W, float* total, float* maximum, const float* more_W, float more, float more_maximum, int width) {
+void join_row(float* sums_W, float* total, float* maximum, const float* more_W, float more, float more_maximum,
+              int width) {
     const float high = std::max(*maximum, more_maximum);
     const __m512 keep = exp2_16(_mm512_set1_ps(*maximum - high)), take = exp2_16(_mm512_set1_ps(more_maximum - high));
     for (int w = 0; w < width; w += 16) {
@@ -113,11 +114,13 @@ private:
 
     float* partial_row(const Piece& piece, int segment, int r) {
         const int64_t rows = static_cast<int64_t>(queries_.count) * group_;
-        return tensors_.partials_P + (piece.partial + (segment - piece.first_segment) * rows + r) * partial_stride(shape_);
+        const int64_t row = piece.partial + (segment - piece.first_segment) * rows + r;
+        return tensors_.partials_P + row * partial_stride(shape_);
     }
 
     void join_all(int r, const float* sums_W, float total, float maximum) {
-        join_row(all_.values_RW + r * stride_, all_.total_RX + 16 * r, all_.maximum_R + r, sums_W, total, maximum, stride_);
+        float* all_W = all_.values_RW + r * stride_;
+        join_row(all_W, all_.total_RX + 16 * r, all_.maximum_R + r, sums_W, total, maximum, stride_);
     }
 
     void write_all() {
@@ -218,7 +221,10 @@ private:
         const auto add_to = [&](int r, int rows, int key, int end) {
             if (key < end) add_values(scores_RL_ + r * kChunk, rows, value_L, key, end, shape_.width, sums(r));
         };
-        for (int r = first; r < stop; ++r) add_to(r, 1, seen(begin, r / group_).begin, std::min(from, seen(begin, r / group_).end));
+        for (int r = first; r < stop; ++r) {
+            const Range own = seen(begin, r / group_);
+            add_to(r, 1, own.begin, std::min(from, own.end));
+        }
         add_to(first, stop - first, from, to);
         for (int r = first; r < stop; ++r) add_to(r, 1, to, seen(begin, r / group_).end);
     }

@@ -2,8 +2,9 @@
 
 namespace {
 
-constexpr int kRowsPerTile = 64;          // query heads that share the loads of keys and values
+constexpr int kRowsPerTile = 64;      // query heads that share the loads of keys and values
 constexpr int kPiecesPerThread = 4;   // so that the last piece to end is short
+constexpr double kWorthATeam = 6e5;  // products of numbers, some 15 us; a team costs one or two
 
 struct Range {
     int first_segment, stop_segment;
@@ -51,12 +52,12 @@ AttentionPlan plan_attention(const AttentionShape& shape, const std::vector<int>
     const std::vector<Queries> runs = cut(shape, query_start_S1, context_len_S);
     double total = 0;
     for (const Queries& queries : runs) total += range_of(queries, shape).cost;
-    plan.work = total * shape.width;
-    const double largest = total / (kPiecesPerThread * threads);
+    plan.threads = total * shape.width < kWorthATeam ? 1 : threads;
+    const double largest = total / (kPiecesPerThread * plan.threads);
     for (const Queries& queries : runs) {
         const Range range = range_of(queries, shape);
         const int segments = range.stop_segment - range.first_segment;
-        const int parts = threads == 1 ? 1 : std::clamp(static_cast<int>(range.cost / largest), 1, segments);
+        const int parts = plan.threads == 1 ? 1 : std::clamp(static_cast<int>(range.cost / largest), 1, segments);
         if (parts == 1) {
             plan.pieces.push_back({queries, range.first_segment, range.stop_segment, -1});
             continue;

@@ -49,7 +49,7 @@ at::Tensor apply(const AttentionShape& shape, const std::optional<at::Tensor>& w
     const Turn turn = {weight_NW ? fp32_of(*weight_NW, "weight") : nullptr, eps, fp32_of(cos_T1R, "cos"),
                        fp32_of(sin_T1R, "sin")};
     paged_attention(plan.pieces, tensors, turn, data_of<int64_t>(plan.slot_T, at::kLong, "slot"),
-                    static_cast<int>(tokens), num_threads());
+                    static_cast<int>(tokens));
     return out_TQW;
 }
 

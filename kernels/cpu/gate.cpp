@@ -71,7 +71,8 @@ void score(const Gate& gate, const Logits& logits, int64_t token, float* scores_
         _mm512_store_ps(scores_E + e, power);
     }
     const __m512 total = _mm512_set1_ps(sum_of(sum));
-    for (int64_t e = 0; e < count; e += 16) _mm512_store_ps(scores_E + e, _mm512_div_ps(_mm512_load_ps(scores_E + e), total));
+    for (int64_t e = 0; e < count; e += 16)
+        _mm512_store_ps(scores_E + e, _mm512_div_ps(_mm512_load_ps(scores_E + e), total));
 }
 
 void make_keys(const Gate& gate, const float* bias_E, const Row& row) {
@@ -126,8 +127,8 @@ void choose(const Gate& gate, const Row& row, int64_t* ids_K, float* weights_K) 
 
 }  // namespace
 
-void route(const Gate& gate, const Logits& logits, const float* bias_E, int64_t tokens, int64_t* ids_TK, float* weights_TK,
-           int threads) {
+void route(const Gate& gate, const Logits& logits, const float* bias_E, int64_t tokens, int64_t* ids_TK,
+           float* weights_TK, int threads) {
     const int64_t experts = (gate.num_experts + 15) / 16 * 16, groups = (gate.num_groups + 15) / 16 * 16;
 #pragma omp parallel num_threads(threads) if (tokens * gate.num_experts >= kWorthATeam)
     {

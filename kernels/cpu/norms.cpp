@@ -27,7 +27,8 @@ void add_rms_norm_row(uint16_t* x_M, const uint16_t* delta_M, const uint16_t* we
             squares[i] = _mm512_fmadd_ps(x, x, squares[i]);
         }
     }
-    const float sum = sum_of(_mm512_add_ps(_mm512_add_ps(squares[0], squares[1]), _mm512_add_ps(squares[2], squares[3])));
+    const __m512 low = _mm512_add_ps(squares[0], squares[1]), high = _mm512_add_ps(squares[2], squares[3]);
+    const float sum = sum_of(_mm512_add_ps(low, high));
     const __m512 inverse = _mm512_set1_ps(1.f / std::sqrt(sum / static_cast<float>(width) + eps));
     for (int64_t m = 0; m < width; m += 16) {
         const __mmask16 mask = lanes(width - m);
