@@ -32,7 +32,6 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch.utils import cpp_extension
 
 NAME = "moestro_cpu"
 FLAGS = (
@@ -47,8 +46,7 @@ FLAGS = (
     "-fvisibility=hidden",
     "-Wall",
     "-Wextra",
-    "-Wno-unused-parameter",
-    "-Wno-unknown-pragmas",
+    "-Wno-maybe-uninitialized",  # said of the intrinsics' own headers
 )
 _NEEDED = ("avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl", "avx512_bf16")
 
@@ -109,6 +107,8 @@ def _built() -> Path:
 
 
 def _compile(scratch: Path, target: Path) -> None:
+    from torch.utils import cpp_extension  # takes a third of a second, which only a build should pay
+
     include = [_python_headers(), *cpp_extension.include_paths()]
     flags = [*FLAGS, *(f"-isystem{path}" for path in include)]
     sources = sorted(_here().glob("*.cpp"), key=lambda source: -source.name.startswith("bind_"))  # slow ones first
