@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "scratch.h"
+#include "stores.h"
 #include "powers.h"
 #include "vectors.h"
 
@@ -48,7 +49,7 @@ void write_row(const float* sums_W, float total, int width, uint16_t* out_W) {
         const __m256bh odd = _mm512_cvtneps_pbh(_mm512_div_ps(_mm512_loadu_ps(sums_W + w + 16), divisor));
         const __m512i both = _mm512_or_si512(_mm512_cvtepu16_epi32((__m256i)even),
                                              _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)odd), 16));
-        _mm512_mask_storeu_epi32(out_W + w, lanes((width - w) / 2), both);
+        put_pairs(out_W + w, both, lanes((width - w) / 2));
     }
 }
 

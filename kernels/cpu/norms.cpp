@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "powers.h"
+#include "stores.h"
 #include "vectors.h"
 
 namespace {
@@ -21,8 +22,9 @@ void add_rms_norm_row(uint16_t* x_M, const uint16_t* delta_M, const uint16_t* we
             const __mmask16 mask = lanes(std::max<int64_t>(0, width - at));
             __m512 x = load_bf16(x_M + at, mask);
             if (delta_M) {
-                store_bf16(x_M + at, _mm512_add_ps(x, load_bf16(delta_M + at, mask)), mask);
-                x = load_bf16(x_M + at, mask);
+                const __m256bh sum = _mm512_cvtneps_pbh(_mm512_add_ps(x, load_bf16(delta_M + at, mask)));
+                put_bf16(x_M + at, sum, mask);
+                x = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)sum), 16));
             }
             squares[i] = _mm512_fmadd_ps(x, x, squares[i]);
         }
@@ -33,7 +35,7 @@ void add_rms_norm_row(uint16_t* x_M, const uint16_t* delta_M, const uint16_t* we
     for (int64_t m = 0; m < width; m += 16) {
         const __mmask16 mask = lanes(width - m);
         const __m512 normed = _mm512_mul_ps(load_bf16(x_M + m, mask), inverse);
-        store_bf16(h_M + m, _mm512_mul_ps(normed, load_bf16(weight_M + m, mask)), mask);
+        put_rounded(h_M + m, _mm512_mul_ps(normed, load_bf16(weight_M + m, mask)), mask);
     }
 }
 
