@@ -142,5 +142,5 @@ class Backend(Protocol):
         """All of these layers as one, where the backend has a way that gains something; else None."""
 
     def route(self, logits_TE: Tensor, bias_E: Tensor | None, spec: GateSpec) -> tuple[Tensor, Tensor]:
-        """The choice that ``gate.route`` describes: ids_TK (int64) and weights_TK (fp32). Scores may differ from its own
-        in their last bits, so all ranks of a group must have the same backend."""
+        """The choice that ``gate.route`` describes: ids_TK (int64) and weights_TK (fp32). Scores may differ from its
+        own in their last bits, so all ranks of a group must have the same backend."""

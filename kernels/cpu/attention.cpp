@@ -9,8 +9,6 @@
 
 namespace {
 
-constexpr double WORTH_A_TEAM = 1.5e6;  // products; waking a thread and waiting for it costs a microsecond or two
-
 // Where a head of a token's key or value lies in the cache; slabs are key heads, then value heads.
 uint16_t* cached(const AttentionTensors& tensors, int64_t block, int slab, int offset) {
     const int64_t slabs = 2 * tensors.shape.kv_heads;
@@ -22,13 +20,15 @@ void place_head(const AttentionTensors& tensors, const Turn& turn, int64_t slot,
     const int64_t block = slot / tensors.block_size;
     const int slab = head - shape.heads;
     uint16_t* x_W = tensors.qkv_TNW + (static_cast<int64_t>(token) * heads_of_token(shape) + head) * shape.width;
-    uint16_t* out_W = slab < 0 ? x_W : cached(tensors, block, slab, static_cast<int>(slot - block * tensors.block_size));
+    const int offset = static_cast<int>(slot - block * tensors.block_size);
+    uint16_t* out_W = slab < 0 ? x_W : cached(tensors, block, slab, offset);
     if (slab >= shape.kv_heads) {
         std::copy_n(x_W, shape.width, out_W);
     } else {
         const int64_t row = static_cast<int64_t>(token) * shape.rotary_width;
         const float* weight_W = turn.weight_NW ? turn.weight_NW + head * shape.width : nullptr;
-        turn_head(x_W, shape.width, weight_W, turn.eps, turn.cos_TR + row, turn.sin_TR + row, shape.rotary_width, out_W);
+        turn_head(x_W, shape.width, weight_W, turn.eps, turn.cos_TR + row, turn.sin_TR + row, shape.rotary_width,
+                  out_W);
     }
 }
 
@@ -43,9 +43,9 @@ void empty(const AttentionTensors& tensors, const Emptied& emptied) {
 
 }  // namespace
 
-void paged_attention(const AttentionPlan& plan, const AttentionTensors& tensors, const Turn& turn, const int64_t* slot_T,
-                     int num_tokens, int threads) {
-#pragma omp parallel num_threads(plan.work < WORTH_A_TEAM ? 1 : threads)
+void paged_attention(const AttentionPlan& plan, const AttentionTensors& tensors, const Turn& turn,
+                     const int64_t* slot_T, int num_tokens) {
+#pragma omp parallel num_threads(plan.threads)
     paged_attention_by_team(plan, tensors, turn, slot_T, num_tokens);
 }
 

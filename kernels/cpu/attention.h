@@ -14,8 +14,8 @@ struct Turn {
 
 // Leaves queries in `tensors.qkv_TNW`, keys and values in the cache at slot_T (block * block size + offset), and the
 // result in `tensors.out_TQW`.
-void paged_attention(const AttentionPlan& plan, const AttentionTensors& tensors, const Turn& turn, const int64_t* slot_T,
-                     int num_tokens, int threads);
+void paged_attention(const AttentionPlan& plan, const AttentionTensors& tensors, const Turn& turn,
+                     const int64_t* slot_T, int num_tokens);
 
 // The same by the team of the parallel region around, all of whose threads call it and leave it together.
 void paged_attention_by_team(const AttentionPlan& plan, const AttentionTensors& tensors, const Turn& turn,

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "scratch.h"
+#include "stores.h"
 #include "powers.h"
 #include "vectors.h"
 
@@ -28,7 +29,8 @@ Range seeing(const Queries& queries, int window, int begin, int end) {
 }
 
 // sums = sums * 2^(maximum - new) + more * 2^(more_maximum - new): the next segment's sums join those before it.
-void join_row(float* sums_W, float* total, float* maximum, const float* more_W, float more, float more_maximum, int width) {
+void join_row(float* sums_W, float* total, float* maximum, const float* more_W, float more, float more_maximum,
+              int width) {
     const float high = std::max(*maximum, more_maximum);
     const __m512 keep = exp2_16(_mm512_set1_ps(*maximum - high)), take = exp2_16(_mm512_set1_ps(more_maximum - high));
     for (int w = 0; w < width; w += 16) {
@@ -47,7 +49,7 @@ void write_row(const float* sums_W, float total, int width, uint16_t* out_W) {
         const __m256bh odd = _mm512_cvtneps_pbh(_mm512_div_ps(_mm512_loadu_ps(sums_W + w + 16), divisor));
         const __m512i both = _mm512_or_si512(_mm512_cvtepu16_epi32((__m256i)even),
                                              _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)odd), 16));
-        _mm512_mask_storeu_epi32(out_W + w, lanes((width - w) / 2), both);
+        put_pairs(out_W + w, both, lanes((width - w) / 2));
     }
 }
 
@@ -57,11 +59,11 @@ public:
         : queries_(queries), tensors_(tensors), shape_(tensors.shape), group_(group(shape_)),
           stride_(padded(shape_.width)) {
         static thread_local Scratch scratch;
-        const size_t rows = static_cast<size_t>(queries_.count) * group_, keys = shape_.width / 2 * CHUNK;
-        float* memory = scratch.floats(keys + rows * (CHUNK + 2 * (stride_ + 16) + 2));
+        const size_t rows = static_cast<size_t>(queries_.count) * group_, keys = shape_.width / 2 * kChunk;
+        float* memory = scratch.floats(keys + rows * (kChunk + 2 * (stride_ + 16) + 2));
         const auto take = [&](size_t count) { return std::exchange(memory, memory + count); };
         keys_pL_ = reinterpret_cast<uint32_t*>(take(keys));
-        scores_RL_ = take(rows * CHUNK);
+        scores_RL_ = take(rows * kChunk);
         segment_ = {take(rows * stride_), take(rows * 16), nullptr};
         all_ = {take(rows * stride_), take(rows * 16), nullptr};
         segment_.maximum_R = take(rows);
@@ -71,8 +73,8 @@ public:
     void attend(const Piece& piece) {
         clear(all_, {0, queries_.count});
         for (int segment = piece.first_segment; segment < piece.stop_segment; ++segment) {
-            const int begin = segment * SEGMENT;
-            const Range run = seeing(queries_, shape_.window, begin, begin + SEGMENT);
+            const int begin = segment * kSegment;
+            const Range run = seeing(queries_, shape_.window, begin, begin + kSegment);
             attend_segment(begin, run);
             for (int r = run.begin * group_; r < run.end * group_; ++r) {
                 const float* sums_W = segment_.values_RW + r * stride_;
@@ -93,7 +95,7 @@ public:
     void join(const Piece& piece) {
         clear(all_, {0, queries_.count});
         for (int segment = piece.first_segment; segment < piece.stop_segment; ++segment) {
-            const Range run = seeing(queries_, shape_.window, segment * SEGMENT, (segment + 1) * SEGMENT);
+            const Range run = seeing(queries_, shape_.window, segment * kSegment, (segment + 1) * kSegment);
             for (int r = run.begin * group_; r < run.end * group_; ++r) {
                 const float* partial = partial_row(piece, segment, r);
                 join_all(r, partial, partial[stride_], partial[stride_ + 1]);
@@ -113,11 +115,13 @@ private:
 
     float* partial_row(const Piece& piece, int segment, int r) {
         const int64_t rows = static_cast<int64_t>(queries_.count) * group_;
-        return tensors_.partials_P + (piece.partial + (segment - piece.first_segment) * rows + r) * partial_stride(shape_);
+        const int64_t row = piece.partial + (segment - piece.first_segment) * rows + r;
+        return tensors_.partials_P + row * partial_stride(shape_);
     }
 
     void join_all(int r, const float* sums_W, float total, float maximum) {
-        join_row(all_.values_RW + r * stride_, all_.total_RX + 16 * r, all_.maximum_R + r, sums_W, total, maximum, stride_);
+        float* all_W = all_.values_RW + r * stride_;
+        join_row(all_W, all_.total_RX + 16 * r, all_.maximum_R + r, sums_W, total, maximum, stride_);
     }
 
     void write_all() {
@@ -131,24 +135,24 @@ private:
 
     void attend_segment(int segment_begin, Range run) {
         clear(segment_, run);
-        const int first = first_key(queries_.position + run.begin, shape_.window) / CHUNK * CHUNK;
-        const int end = std::min(segment_begin + SEGMENT, queries_.position + run.end);
-        for (int begin = std::max(segment_begin, first); begin < end; begin += CHUNK)
-            attend_chunk(begin, seeing(queries_, shape_.window, begin, begin + CHUNK));
+        const int first = first_key(queries_.position + run.begin, shape_.window) / kChunk * kChunk;
+        const int end = std::min(segment_begin + kSegment, queries_.position + run.end);
+        for (int begin = std::max(segment_begin, first); begin < end; begin += kChunk)
+            attend_chunk(begin, seeing(queries_, shape_.window, begin, begin + kChunk));
     }
 
     // The keys of a chunk that query i sees, counted from the chunk's first.
     Range seen(int begin, int i) {
         const int position = queries_.position + i;
-        return {std::max(0, first_key(position, shape_.window) - begin), std::min(CHUNK, position + 1 - begin)};
+        return {std::max(0, first_key(position, shape_.window) - begin), std::min(kChunk, position + 1 - begin)};
     }
 
     void attend_chunk(int begin, Range run) {
         const Range keys = {seen(begin, run.begin).begin, seen(begin, run.end - 1).end};
-        const uint16_t *key_L[CHUNK], *value_L[CHUNK];
+        const uint16_t *key_L[kChunk], *value_L[kChunk];
         find(begin, keys, key_L, value_L);
         transpose_keys(key_L, keys.end, shape_.width, keys_pL_);
-        const int rows = (run.end - run.begin) * group_, blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
+        const int rows = (run.end - run.begin) * group_, blocks = (rows + kMaxRows - 1) / kMaxRows;
         for (int block = 0; block < blocks; ++block) {
             const int first = run.begin * group_ + rows * block / blocks;
             const int stop = run.begin * group_ + rows * (block + 1) / blocks;
@@ -172,17 +176,17 @@ private:
             }
         }
         std::fill(key_L, key_L + keys.begin, key_L[keys.begin]);
-        std::fill(key_L + keys.end, key_L + CHUNK, key_L[keys.begin]);
+        std::fill(key_L + keys.end, key_L + kChunk, key_L[keys.begin]);
     }
 
     void score(int first, int stop, int num_keys) {
-        const uint16_t* q_R[MAX_ROWS];
+        const uint16_t* q_R[kMaxRows];
         const int64_t token_stride = static_cast<int64_t>(heads_of_token(shape_)) * shape_.width;
         for (int r = first; r < stop; ++r)
             q_R[r - first] = tensors_.qkv_TNW + (queries_.token + r / group_) * token_stride +
                              (queries_.kv_head * group_ + r % group_) * shape_.width;
         multiply_keys(q_R, stop - first, keys_pL_, num_keys, shape_.width, shape_.scale * 1.44269504088896341f,
-                      scores_RL_ + first * CHUNK);
+                      scores_RL_ + first * kChunk);
     }
 
     // Scores to exponentials, relative to the largest score so far; the sums so far are scaled down to it.
@@ -190,9 +194,9 @@ private:
         const int vectors = (num_keys + 15) / 16;
         const uint64_t seen = (keys.end == 64 ? ~0ull : (1ull << keys.end) - 1) & ~((1ull << keys.begin) - 1);
         const __m512 least = _mm512_set1_ps(-INFINITY);
-        __m512 score[CHUNK / 16], largest = least;
+        __m512 score[kChunk / 16], largest = least;
         for (int v = 0; v < vectors; ++v) {
-            score[v] = _mm512_mask_loadu_ps(least, seen >> (16 * v), scores_RL_ + r * CHUNK + 16 * v);
+            score[v] = _mm512_mask_loadu_ps(least, seen >> (16 * v), scores_RL_ + r * kChunk + 16 * v);
             largest = _mm512_max_ps(largest, score[v]);
         }
         const float maximum = std::max(segment_.maximum_R[r], _mm512_reduce_max_ps(largest));
@@ -201,7 +205,7 @@ private:
         for (int v = 0; v < vectors; ++v) {
             const __m512 prob = exp2_16(_mm512_sub_ps(score[v], _mm512_set1_ps(maximum)));
             total = _mm512_add_ps(total, prob);
-            _mm512_storeu_ps(scores_RL_ + r * CHUNK + 16 * v, prob);
+            _mm512_storeu_ps(scores_RL_ + r * kChunk + 16 * v, prob);
         }
         _mm512_storeu_ps(segment_.total_RX + 16 * r, total);
         segment_.maximum_R[r] = maximum;
@@ -216,9 +220,12 @@ private:
     void add(int first, int stop, int begin, const uint16_t* const* value_L) {
         const int from = seen(begin, (stop - 1) / group_).begin, to = std::max(from, seen(begin, first / group_).end);
         const auto add_to = [&](int r, int rows, int key, int end) {
-            if (key < end) add_values(scores_RL_ + r * CHUNK, rows, value_L, key, end, shape_.width, sums(r));
+            if (key < end) add_values(scores_RL_ + r * kChunk, rows, value_L, key, end, shape_.width, sums(r));
         };
-        for (int r = first; r < stop; ++r) add_to(r, 1, seen(begin, r / group_).begin, std::min(from, seen(begin, r / group_).end));
+        for (int r = first; r < stop; ++r) {
+            const Range own = seen(begin, r / group_);
+            add_to(r, 1, own.begin, std::min(from, own.end));
+        }
         add_to(first, stop - first, from, to);
         for (int r = first; r < stop; ++r) add_to(r, 1, to, seen(begin, r / group_).end);
     }

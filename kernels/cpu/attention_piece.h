@@ -11,8 +11,8 @@
 #include "attention_plan.h"
 #include "attention_products.h"
 
-// The tensors of one call. Legend: T tokens, N heads of queries, keys and values, S sequences, B columns of the table, Q
-// query heads, W head width, C slabs of a block, b tokens of a block, P rows of sums.
+// The tensors of one call. Legend: T tokens, N heads of queries, keys and values, S sequences, B columns of the table,
+// Q query heads, W head width, C slabs of a block, b tokens of a block, P rows of sums.
 struct AttentionTensors {
     AttentionShape shape;
     uint16_t* qkv_TNW;

@@ -2,8 +2,9 @@
 
 namespace {
 
-constexpr int TILE_ROWS = 64;          // query heads that share the loads of keys and values
-constexpr int PIECES_PER_THREAD = 4;   // so that the last piece to end is short
+constexpr int kRowsPerTile = 64;      // query heads that share the loads of keys and values
+constexpr int kPiecesPerThread = 4;   // so that the last piece to end is short
+constexpr double kWorthATeam = 6e5;  // products of numbers, some 15 us; a team costs one or two
 
 struct Range {
     int first_segment, stop_segment;
@@ -12,13 +13,13 @@ struct Range {
 
 Range range_of(const Queries& queries, const AttentionShape& shape) {
     const int first = first_key(queries.position, shape.window), stop = queries.position + queries.count;
-    const double keys = stop - first + SEGMENT / 8;  // a piece has a cost of its own
-    return {first / SEGMENT, (stop - 1) / SEGMENT + 1, keys * (queries.count * group(shape) + 4)};
+    const double keys = stop - first + kSegment / 8;  // a piece has a cost of its own
+    return {first / kSegment, (stop - 1) / kSegment + 1, keys * (queries.count * group(shape) + 4)};
 }
 
 std::vector<Queries> cut(const AttentionShape& shape, const std::vector<int>& query_start_S1,
                          const std::vector<int>& context_len_S) {
-    const int step = std::max(1, TILE_ROWS / group(shape));
+    const int step = std::max(1, kRowsPerTile / group(shape));
     std::vector<Queries> runs;
     for (int span = 0; span < static_cast<int>(context_len_S.size()); ++span) {
         const int begin = query_start_S1[span], end = query_start_S1[span + 1];
@@ -51,12 +52,12 @@ AttentionPlan plan_attention(const AttentionShape& shape, const std::vector<int>
     const std::vector<Queries> runs = cut(shape, query_start_S1, context_len_S);
     double total = 0;
     for (const Queries& queries : runs) total += range_of(queries, shape).cost;
-    plan.work = total * shape.width;
-    const double largest = total / (PIECES_PER_THREAD * threads);
+    plan.threads = total * shape.width < kWorthATeam ? 1 : threads;
+    const double largest = total / (kPiecesPerThread * plan.threads);
     for (const Queries& queries : runs) {
         const Range range = range_of(queries, shape);
         const int segments = range.stop_segment - range.first_segment;
-        const int parts = threads == 1 ? 1 : std::clamp(static_cast<int>(range.cost / largest), 1, segments);
+        const int parts = plan.threads == 1 ? 1 : std::clamp(static_cast<int>(range.cost / largest), 1, segments);
         if (parts == 1) {
             plan.pieces.push_back({queries, range.first_segment, range.stop_segment, -1});
             continue;

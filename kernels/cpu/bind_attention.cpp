@@ -44,7 +44,7 @@ at::Tensor apply(const AttentionShape& shape, const std::optional<at::Tensor>& w
     const Turn turn = {weight_NW ? fp32_of(*weight_NW, "weight") : nullptr, eps, fp32_of(cos_T1R, "cos"),
                        fp32_of(sin_T1R, "sin")};
     paged_attention(plan.pieces, tensors, turn, data_of<int64_t>(plan.slot_T, at::kLong, "slot"),
-                    static_cast<int>(tokens), num_threads());
+                    static_cast<int>(tokens));
     return out_TQW;
 }
 
@@ -59,7 +59,7 @@ void bind_attention(pybind11::module_& module) {
             TORCH_CHECK_VALUE(rotary_width >= 0 && rotary_width <= width && rotary_width % 2 == 0,
                               "rotary_width must be even and at most width, not ", rotary_width);
             TORCH_CHECK_VALUE(!window || *window > 0, "window must be positive");
-            return AttentionShape{heads, kv_heads, width, rotary_width, scale, window.value_or(NO_WINDOW)};
+            return AttentionShape{heads, kv_heads, width, rotary_width, scale, window.value_or(kNoWindow)};
         }));
     py::class_<BoundPlan>(module, "AttentionPlan");
     module.def("plan_attention", &plan);

@@ -12,7 +12,8 @@ namespace {
 
 using Pair = std::pair<at::Tensor, at::Tensor>;
 
-Pair add_norm(const at::Tensor& x_TM, const std::optional<at::Tensor>& delta_TM, const at::Tensor& weight_M, float eps) {
+Pair add_norm(const at::Tensor& x_TM, const std::optional<at::Tensor>& delta_TM, const at::Tensor& weight_M,
+              float eps) {
     const int64_t width = x_TM.size(-1), tokens = width ? x_TM.numel() / width : 0;
     TORCH_CHECK_VALUE(weight_M.numel() == width, "x has rows of ", width, " numbers, the weight ", weight_M.numel());
     TORCH_CHECK_VALUE(!delta_TM || delta_TM->sizes() == x_TM.sizes(), "x and what is added must have one shape");

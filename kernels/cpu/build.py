@@ -46,8 +46,7 @@ FLAGS = (
     "-fvisibility=hidden",
     "-Wall",
     "-Wextra",
-    "-Wno-unused-parameter",
-    "-Wno-unknown-pragmas",
+    "-Wno-maybe-uninitialized",
 )
 _NEEDED = ("avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl", "avx512_bf16")
 

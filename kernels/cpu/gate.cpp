@@ -12,9 +12,9 @@
 
 namespace {
 
-constexpr int64_t WORTH_A_TEAM = 16384;  // logits; waking a thread and waiting for it costs a microsecond or two
-constexpr int32_t TAKEN = INT_MIN;       // below the key of minus infinity
-constexpr float EPSILON = 1e-20f;        // saves scores that are all zero from 0 / 0
+constexpr int64_t kWorthATeam = 16384;  // logits; waking a thread and waiting for it costs a microsecond or two
+constexpr int32_t kTaken = INT_MIN;       // below the key of minus infinity
+constexpr float kEpsilon = 1e-20f;        // saves scores that are all zero from 0 / 0
 
 // Integers in the order of floats: those of negative ones sort the other way round. A NaN is the largest.
 __m512i keys_of(__m512 x) {
@@ -33,7 +33,7 @@ int64_t take_largest(int32_t* keys, int64_t count) {
     __mmask16 found;
     while (!(found = _mm512_cmpeq_epi32_mask(_mm512_load_si512(keys + i), wanted))) i += 16;
     i += __builtin_ctz(found);
-    keys[i] = TAKEN;
+    keys[i] = kTaken;
     return i;
 }
 
@@ -71,7 +71,8 @@ void score(const Gate& gate, const Logits& logits, int64_t token, float* scores_
         _mm512_store_ps(scores_E + e, power);
     }
     const __m512 total = _mm512_set1_ps(sum_of(sum));
-    for (int64_t e = 0; e < count; e += 16) _mm512_store_ps(scores_E + e, _mm512_div_ps(_mm512_load_ps(scores_E + e), total));
+    for (int64_t e = 0; e < count; e += 16)
+        _mm512_store_ps(scores_E + e, _mm512_div_ps(_mm512_load_ps(scores_E + e), total));
 }
 
 void make_keys(const Gate& gate, const float* bias_E, const Row& row) {
@@ -80,7 +81,7 @@ void make_keys(const Gate& gate, const float* bias_E, const Row& row) {
         __m512 choice = _mm512_load_ps(row.scores_E + e);
         if (bias_E) choice = _mm512_add_ps(choice, _mm512_maskz_loadu_ps(mask, bias_E + e));
         _mm512_store_ps(row.choice_E + e, choice);
-        _mm512_store_si512(row.keys_E + e, _mm512_mask_mov_epi32(_mm512_set1_epi32(TAKEN), mask, keys_of(choice)));
+        _mm512_store_si512(row.keys_E + e, _mm512_mask_mov_epi32(_mm512_set1_epi32(kTaken), mask, keys_of(choice)));
     }
 }
 
@@ -102,14 +103,14 @@ float group_sum(const Row& row, int64_t begin, int64_t end) {
 // Leaves the experts of the best groups only.
 void drop_groups(const Gate& gate, const Row& row) {
     const int64_t size = gate.num_experts / gate.num_groups, padded = (gate.num_groups + 15) / 16 * 16;
-    std::fill_n(row.keys_G, padded, TAKEN);
+    std::fill_n(row.keys_G, padded, kTaken);
     for (int64_t g = 0; g < gate.num_groups; ++g) {
         const __m512 sum = _mm512_set1_ps(group_sum(row, g * size, (g + 1) * size));
         row.keys_G[g] = _mm_cvtsi128_si32(_mm512_castsi512_si128(keys_of(sum)));
     }
     for (int64_t k = 0; k < gate.top_groups; ++k) take_largest(row.keys_G, padded);
     for (int64_t g = 0; g < gate.num_groups; ++g)
-        if (row.keys_G[g] != TAKEN) std::fill_n(row.keys_E + g * size, size, TAKEN);
+        if (row.keys_G[g] != kTaken) std::fill_n(row.keys_E + g * size, size, kTaken);
 }
 
 void choose(const Gate& gate, const Row& row, int64_t* ids_K, float* weights_K) {
@@ -120,15 +121,15 @@ void choose(const Gate& gate, const Row& row, int64_t* ids_K, float* weights_K) 
         weights_K[k] = row.scores_E[ids_K[k]];
         sum += weights_K[k];
     }
-    const float divisor = gate.renormalize ? sum + EPSILON : 1.f;
+    const float divisor = gate.renormalize ? sum + kEpsilon : 1.f;
     for (int64_t k = 0; k < gate.top_k; ++k) weights_K[k] = weights_K[k] / divisor * gate.scaling;
 }
 
 }  // namespace
 
-void route(const Gate& gate, const Logits& logits, const float* bias_E, int64_t tokens, int64_t* ids_TK, float* weights_TK,
-           int threads) {
-#pragma omp parallel num_threads(threads) if (tokens * gate.num_experts >= WORTH_A_TEAM)
+void route(const Gate& gate, const Logits& logits, const float* bias_E, int64_t tokens, int64_t* ids_TK,
+           float* weights_TK, int threads) {
+#pragma omp parallel num_threads(threads) if (tokens * gate.num_experts >= kWorthATeam)
     route_by_team(gate, logits, bias_E, tokens, ids_TK, weights_TK);
 }
 

@@ -20,8 +20,8 @@ struct Logits {
 // ids_TK, best first, and weights_TK. `bias_E` raises the scores for the choice only; it may be null. Among equals the
 // smaller id comes first, of groups too, and a NaN is above all numbers. Sums are added up in 16 lanes in the order of
 // the experts, so that a token's bits depend on its own logits only.
-void route(const Gate& gate, const Logits& logits, const float* bias_E, int64_t tokens, int64_t* ids_TK, float* weights_TK,
-           int threads);
+void route(const Gate& gate, const Logits& logits, const float* bias_E, int64_t tokens, int64_t* ids_TK,
+           float* weights_TK, int threads);
 
 // The same by the team of the parallel region around, all of whose threads call it and leave it together.
 void route_by_team(const Gate& gate, const Logits& logits, const float* bias_E, int64_t tokens, int64_t* ids_TK,

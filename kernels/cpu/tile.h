@@ -66,20 +66,19 @@ inline __attribute__((always_inline)) void tile(
 }
 
 // As many tiles as `count` rows need, of nearly equal height. Calls done(r, accumulators) for rows first ... first + count.
-// While it works, `ahead_bytes` from `ahead` are brought into the L2 cache: what the caller will read next.
+// `ahead_bytes` from `ahead` are what the caller will read next, which may be brought into the L2 cache meanwhile.
 template <int kVectors, class Done>
 void multiply_rows(const Rows& rows, int64_t first, int64_t count, int64_t inputs, const uint16_t* weights, int64_t step,
                    const void* ahead, int64_t ahead_bytes, Done&& done) {
     const int64_t tiles = (count + kTileRows - 1) / kTileRows;
-    const int64_t lines_wanted = (ahead_bytes + 63) / 64, pairs = std::max<int64_t>(1, inputs / 2);
-    // A lone tile reads as fast as memory delivers by itself. Several leave it idle while they work from the cache, and
-    // so each of them asks for its share of what comes next.
-    const int64_t lines = tiles < 2 ? 0 : (lines_wanted + tiles * pairs - 1) / (tiles * pairs);
+    // One tile reads as fast as memory delivers by itself, and three and more are slowed down by asking (measured). Two
+    // leave memory idle while the second works from the cache: each asks for half of what comes next.
+    const int64_t pairs = std::max<int64_t>(1, inputs / 2);
+    const int64_t lines = tiles == 2 ? (ahead_bytes / 64 + 2 * pairs - 1) / (2 * pairs) : 0;
     const char* next = static_cast<const char*>(ahead);
     for (int64_t t = 0; t < tiles; ++t) {
         const int64_t begin = first + count * t / tiles, end = first + count * (t + 1) / tiles;
-        const int64_t line = t * pairs * lines;
-        const Ahead part{next + 64 * line, line < lines_wanted ? lines : 0};
+        const Ahead part{next + 64 * t * pairs * lines, lines};
         const uint16_t* row_of[kTileRows];
         for (int64_t r = begin; r < end; ++r) row_of[r - begin] = rows.row(r);
         const auto there = [&](int m, const __m512(&sum)[kVectors]) { done(begin + m, sum); };

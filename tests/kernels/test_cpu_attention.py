@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.kernels.cpu_attention_steps import Cache, attention_shape, head_norm, in_steps, random_qkv, step, tables
 
+from moestro.kernels.cpu.attention import make_cpu_attention
 from moestro.kernels.cpu.build import unavailable_reason
 from moestro.kernels.paged_attention import paged_attention_reference
 from moestro.kernels.plain import PlainBackend
@@ -24,9 +25,7 @@ BORDERS = [1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 511, 512, 513]
 
 
 def make(shape, norm=None):
-    from moestro.kernels.cpu.attention import CpuAttention
-
-    return CpuAttention(shape, norm)
+    return make_cpu_attention(shape, norm)
 
 
 def relative_error(got, want):
@@ -82,7 +81,7 @@ def check_cache(shape, norm, spans, qkv, before_NCbD, cache, done):
 @pytest.mark.parametrize("heads", [(1, 1), (6, 2), (4, 4), (8, 1), (14, 2)])
 def test_decodes_prompts_and_chunks_together(window, heads):
     shape = attention_shape(*heads, 16, window=window)
-    spans = [(0, 1), (200, 1), (3, 1), (31, 1), (0, 12), (20, 7), (0, 33), (64, 2), (0, 150)]
+    spans = [(0, 1), (200, 1), (3, 1), (31, 1), (0, 12), (20, 7), (0, 33), (64, 2), (0, 100)]
     check_definition(shape, None, spans, 8, seed=7)
 
 
@@ -95,9 +94,9 @@ def test_widths_norms_and_partial_rotation(width, normed):
         check_definition(shape, norm, [(70, 1), (0, 1), (0, 67)], 16, seed=width)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
-    spans=st.lists(st.tuples(st.integers(0, 150), st.one_of(st.just(1), st.integers(1, 80))), min_size=1, max_size=6),
+    spans=st.lists(st.tuples(st.integers(0, 150), st.one_of(st.just(1), st.integers(1, 70))), min_size=1, max_size=6),
     heads=st.sampled_from([(1, 1), (4, 1), (6, 2), (7, 1)]),
     width=st.sampled_from([2, 16, 24, 34, 64]),
     block_size=st.sampled_from([1, 2, 4, 16, 24]),
@@ -108,7 +107,7 @@ def test_any_mix(spans, heads, width, block_size, window, seed):
     check_definition(attention_shape(*heads, width, window=window), None, spans, block_size, seed)
 
 
-@pytest.mark.parametrize("context", [4095, 4096, 5000])
+@pytest.mark.parametrize("context", [4096, 5000])
 def test_long_contexts(context):
     for window in (None, 700):
         shape = attention_shape(4, 2, 64, window=window, scale=0.125)
@@ -125,7 +124,7 @@ def test_error_is_that_of_rounding_the_result():
     """Half of what a product with probabilities in bf16 would add."""
     shape = attention_shape(8, 2, 64, scale=0.125)
     cache = Cache(shape, 200, 16, seed=1)
-    done = step(make(shape), cache, [(0, random_qkv(shape, 300, 5), 0, 300)])
+    done = step(make(shape), cache, [(0, random_qkv(shape, 200, 5), 0, 200)])
     where = (done.spans.query_start_S1, done.spans.context_len_S, done.spans.block_table_SB)
     want = paged_attention_reference(done.q_TQD.double(), cache.kv_NCbD, *where, None, shape.scale)
     assert relative_error(done.out_TQD, want) < 1.05 * relative_error(want.bfloat16(), want)
@@ -176,10 +175,10 @@ def check_invariance(shape, length, block_sizes, cuts, seed, threads=(1, 2)):
 def test_a_query_does_not_depend_on_cuts_company_blocks_or_threads(heads, width):
     window = 100 if heads == (4, 2) else None
     shape = attention_shape(*heads, width, window=window)
-    check_invariance(shape, 290, [16, 24], [1, 7, 8, 64, 65, 129, 288, 289], seed=width)
+    check_invariance(shape, 200, [16, 24], [1, 7, 64, 65, 129, 199], seed=width)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     length=st.integers(12, 300),
     width=st.sampled_from([16, 24, 64]),
@@ -197,7 +196,7 @@ def test_any_cut_of_any_sequence(length, width, heads, window, block_size, cuts,
 def test_a_long_context_dealt_out_to_threads(window):
     """Alone its segments are computed by several threads, in company by one."""
     shape = attention_shape(4, 2, 64, window=window)
-    check_invariance(shape, 4200, [16], [4000, 4096, 4097, 4199], seed=9, threads=(1, 2, 3))
+    check_invariance(shape, 2100, [16], [2048, 2099], seed=9, threads=(1, 2, 3))
 
 
 @pytest.mark.parametrize("position", BORDERS)

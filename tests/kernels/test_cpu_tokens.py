@@ -119,7 +119,7 @@ def test_any_gate_chooses_as_the_plain_one_does(backend, spec, tokens, dtype, se
     """Scores of the two differ in the last bits at most: in bf16 many logits are equal, and the rest far apart."""
     generator = torch.Generator().manual_seed(seed)
     logits_TE = torch.randn(tokens, spec.num_experts, generator=generator).to(dtype)
-    # Coarse, so that no two sums of a score and a correction are closer than the error of a score unless they are equal.
+    # Coarse, so that no two sums of a score and a correction differ by less than the error of a score.
     bias_E = torch.randint(-3, 4, (spec.num_experts,), generator=generator).float() if spec.has_bias else None
     got_ids_TK, got_TK = backend.route(logits_TE, bias_E, spec)
     want_ids_TK, want_TK = route(logits_TE, bias_E, spec)
