@@ -46,7 +46,7 @@ FLAGS = (
     "-fvisibility=hidden",
     "-Wall",
     "-Wextra",
-    "-Wno-maybe-uninitialized",  # said of the intrinsics' own headers
+    "-Wno-maybe-uninitialized",
 )
 _NEEDED = ("avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl", "avx512_bf16")
 
