@@ -7,12 +7,14 @@ is the median of a round's calls, then the median and range over rounds, and rat
 measured in the same rounds: bandwidth of reading 256 MiB of large pages, and vdpbf16ps in registers. With one thread
 time is the thread's CPU time, which work beside it hardly touches; with more it is wall time.
 
-Legend: T rows or tokens, D model width, I expert width, L slots, K experts per token.
+Legend: T rows or tokens, D model width or half a head, I expert width, L slots or positions, K experts per
+token, N heads, S sequences, B columns of a block table.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -30,11 +32,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from moestro.kernels.backend import Backend
+from moestro.kernels.backend import AttentionShape, Backend, HeadNorm, Spans
 from moestro.kernels.cpu.backend import make_cpu_backend
 from moestro.kernels.cpu.build import load
 from moestro.kernels.grouped_experts import ExpertShape
 from moestro.kernels.plain import PlainBackend
+from moestro.kernels.rotary import rotary_tables
 
 WORKING_SET = 160 << 20  # bytes of copies
 ROUND_SECONDS = 0.15  # of calls of one kind
@@ -85,10 +88,46 @@ def mixture(num_tokens: int, model_width: int, width: int, num_slots: int, k: in
     return Case(name, used * shape.num_bytes, num_tokens * k * 6 * model_width * width, calls)
 
 
+def attention(num_sequences: int, context: int, new_tokens: int, width: int = 64) -> Case:
+    """8 query and 2 key/value heads; norm, rotation and writing included. ``new_tokens`` is 1 or all of the context."""
+    heads, kv_heads, block_size = 8, 2, 16
+    shape = AttentionShape(heads, kv_heads, width, width, width**-0.5, None, torch.bfloat16, CPU)
+    columns, positions_L = -(-context // block_size), torch.arange(context - new_tokens, context)
+    table_SB = torch.arange(1, num_sequences * columns + 1, dtype=torch.int32).view(num_sequences, columns)
+    slot_SL = table_SB.long()[:, positions_L // block_size] * block_size + positions_L % block_size
+    starts = [s * new_tokens for s in range(num_sequences + 1)]
+    num_decodes = num_sequences if new_tokens == 1 else 0
+    spans = Spans(starts, [context] * num_sequences, num_decodes, table_SB, slot_SL.view(-1), block_size)
+    cos_T1D, sin_T1D = rotary_tables(
+        positions_L.repeat(num_sequences).float().view(-1, 1) * torch.rand(width // 2), 1.0
+    )
+
+    def calls(backend: Backend) -> Iterator[Call]:
+        kernel = backend.make_attention(shape, HeadNorm(torch.ones(heads + kv_heads, width), 1e-6))
+        cache_size = (num_sequences * columns + 1, 2 * kv_heads, block_size, width)
+        num_bytes = 2 * math.prod(cache_size)
+        caches = [torch.randn(cache_size).bfloat16() for _ in range(min(64, max(2, WORKING_SET // num_bytes)))]
+        qkv_TND = torch.randn(num_sequences * new_tokens, heads + 2 * kv_heads, width).bfloat16()
+        plan = kernel.plan(spans)
+        return (partial(kernel.apply, qkv_TND, cos_T1D, sin_T1D, cache, plan) for cache in cycle(caches))
+
+    kind = "decodes at" if new_tokens == 1 else "prompts of"
+    pairs = num_sequences * new_tokens * (2 * context - new_tokens + 1) / 2
+    num_bytes = 4 * num_sequences * context * kv_heads * width
+    return Case(f"attention {width}, {num_sequences} {kind} {context}", num_bytes, 4 * pairs * heads * width, calls)
+
+
 CASES = [
     *(linear(rows, *shape) for shape in ((512, 512), (1024, 1024)) for rows in (1, 2, 4, 8, 16, 64, 256, 2048)),
     *(mixture(tokens, 512, 512, 16, 4) for tokens in (1, 4, 16, 64, 256, 2048)),  # a layer of `tiny`
     *(mixture(tokens, 1024, 512, 32, 4) for tokens in (1, 4, 16, 64, 256, 2048)),  # a layer of `mid`
+    *(attention(sequences, context, 1) for context in (192, 2048) for sequences in (1, 16, 64)),
+    attention(1, 16384, 1),
+    *(
+        attention(sequences, length, length, width)
+        for sequences, length in ((16, 128), (1, 4096))
+        for width in (64, 128)
+    ),
 ]
 
 
