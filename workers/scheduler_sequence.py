@@ -28,8 +28,8 @@ class SequenceState:
     """Known tokens and one integer, ``num_computed``: how many of them have their keys and values in the cache.
 
     Owned by the scheduler, which writes only inside ``plan`` and ``apply``. The runner reads ``token_ids``,
-    ``sampling``, ``num_prompt``, ``is_plain``, ``is_traced``, ``wants_prompt_logprobs`` and ``block_tables`` between the
-    two, and writes nothing.
+    ``sampling``, ``num_prompt``, ``block_tables`` and what it is asked for (``is_plain``, ``is_traced``,
+    ``wants_prompt_logprobs``) between the two, and writes nothing.
 
     Token ids and block tables are arrays of 32-bit numbers: a waiting prompt takes a tenth of a list's memory, and the
     runner copies a table without looking at its entries.

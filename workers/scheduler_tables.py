@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from moestro.workers.kv_blocks import ROOT_DIGEST, BlockPool, chain_digest
 from moestro.workers.scheduler_config import CacheGroup, blocks_of_window
-from moestro.workers.scheduler_sequence import SequenceState, empty_tables
+from moestro.workers.scheduler_sequence import NO_LIMIT, SequenceState, empty_tables
 
 
 class TableManager:
@@ -87,10 +87,10 @@ class TableManager:
 
     def reachable(self, sequence: SequenceState) -> int:
         """Tokens that the sequence could hold by taking every free block."""
-        return min(
-            (len(table) + pool.num_free) * self._block_size
-            for table, pool in zip(sequence.block_tables, self._pools, strict=True)
-        )
+        blocks = NO_LIMIT
+        for table, pool in zip(sequence.block_tables, self._pools, strict=True):
+            blocks = min(blocks, len(table) + pool.num_free)
+        return blocks * self._block_size
 
     def extend(self, sequence: SequenceState, end: int) -> None:
         """Makes room for tokens before ``end``; the caller knows that it is reachable."""

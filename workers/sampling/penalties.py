@@ -92,8 +92,8 @@ def masks_end_tokens(row: SamplingRow) -> bool:
 
 
 def as_ids(ids: Sequence[int] | _Ids) -> _Ids:
-    """Token ids as an array; an int64 array costs nothing, a tuple some 30 ns a token."""
-    return ids if isinstance(ids, np.ndarray) else np.fromiter(ids, dtype=np.int64, count=len(ids))
+    """Token ids as an array of its own; an int64 array costs nothing, ``array`` a copy, a tuple some 40 ns a token."""
+    return ids if isinstance(ids, np.ndarray) else np.array(ids, dtype=np.int64)
 
 
 def _repeats(params: SamplingParams) -> bool:
