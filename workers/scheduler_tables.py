@@ -21,18 +21,15 @@ from moestro.workers.scheduler_sequence import NO_LIMIT, SequenceState, empty_ta
 class TableManager:
     """Which blocks each sequence holds in each group."""
 
-    __slots__ = ("_block_size", "_groups", "_pools", "_windows", "is_sharing")
+    __slots__ = ("_block_size", "_groups", "_pools", "_windows", "has_windows", "is_sharing")
 
     def __init__(self, groups: Sequence[CacheGroup], pools: Sequence[BlockPool], block_size: int) -> None:
         self._groups = tuple(zip(groups, pools, strict=True))
         self._pools = tuple(pools)
         self._windows = tuple((i, g.window, pools[i]) for i, g in enumerate(groups) if g.window is not None)
         self._block_size = block_size
+        self.has_windows = bool(self._windows)
         self.is_sharing = not self._windows
-
-    @property
-    def has_windows(self) -> bool:
-        return bool(self._windows)
 
     def find_prefix(self, sequence: SequenceState) -> int:
         """Full blocks at the start of the sequence that every group has. The last known token is never among them: its
