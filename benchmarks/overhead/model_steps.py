@@ -14,8 +14,10 @@ from moestro.workers.engine import Engine
 from moestro.workers.loading import random_model
 from moestro.workers.rank_setup import RankSpec, build_engine
 
+ENOUGH_US = 1e6  # of measured steps for each batch
 
-def step_us(name: str, batches: tuple[int, ...], steps: int = 5) -> dict[int, float]:
+
+def step_us(name: str, batches: tuple[int, ...]) -> dict[int, float]:
     """Median microseconds (wall clock) of a step of the benchmark model ``name``, random weights in bf16, by the number
     of sequences that decode. Their context is short, which makes the step short and the host's share large."""
     shape = SHAPES[name]
@@ -37,7 +39,9 @@ def step_us(name: str, batches: tuple[int, ...], steps: int = 5) -> dict[int, fl
         for number in range(batch):
             engine.add(SequenceRequest(f"{batch} {number}", (number % shape["vocab_size"],), sampling), 0.0)
         engine.step(time.monotonic)
-        times = [_timed(engine) for _ in range(steps if batch > 1 else 10 * steps)]
+        times = [_timed(engine)]
+        while sum(times) < ENOUGH_US and len(times) < 100:
+            times.append(_timed(engine))
         medians[batch] = statistics.median(times)
         for number in range(batch):
             engine.cancel(f"{batch} {number}")
