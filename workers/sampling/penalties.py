@@ -88,7 +88,8 @@ def mask_end_tokens_(x_SV: Tensor, rows: Sequence[SamplingRow]) -> None:
 def masks_end_tokens(row: SamplingRow) -> bool:
     """Whether min_tokens forbids this row to end now."""
     params = row.params
-    return row.num_output < params.min_tokens and bool(params.eos_token_ids or params.stop_token_ids)
+    forbids = params.min_tokens > 0 and row.num_output < params.min_tokens
+    return forbids and bool(params.eos_token_ids or params.stop_token_ids)
 
 
 def as_ids(ids: Sequence[int] | _Ids) -> _Ids:
