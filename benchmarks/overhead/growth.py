@@ -82,30 +82,32 @@ def _reuse_block(num_blocks: int) -> float:
 
 
 CURVES = (
-    Curve("plan + apply", "running", (64, 256, 1024, 4096, 10_000), lambda n: scheduler_round(n, STEPS)["step"]),
-    Curve("whole host path", "running", (64, 256, 1024, 4096, 10_000), lambda n: host_round(n, STEPS)["step"]),
+    Curve(
+        "plan + apply", "requests running", (64, 256, 1024, 4096, 10_000), lambda n: scheduler_round(n, STEPS)["step"]
+    ),
+    Curve("whole host path", "requests running", (64, 256, 1024, 4096, 10_000), lambda n: host_round(n, STEPS)["step"]),
     Curve(
         "plan + apply, 64 running",
-        "waiting",
+        "requests waiting",
         (10, 100, 1000, 10_000),
         lambda n: scheduler_round(64, STEPS, num_waiting=n)["step"],
     ),
     Curve(
         "whole host path, 8 running",
-        "context",
+        "tokens of context",
         (1024, 4096, 16_384, 65_536, 131_072),
         lambda n: host_round(8, STEPS, n)["step"],
     ),
-    Curve("a new prompt taken in", "context", (1024, 4096, 16_384, 65_536, 131_072), _new_prompt),
-    Curve("a prompt found in the cache", "context", (1024, 4096, 16_384, 65_536, 131_072), _found_prompt),
+    Curve("a new prompt taken in", "tokens of context", (1024, 4096, 16_384, 65_536, 131_072), _new_prompt),
+    Curve("a prompt found in the cache", "tokens of context", (1024, 4096, 16_384, 65_536, 131_072), _found_prompt),
     Curve(
         "plan + apply, 64 running",
-        "blocks",
+        "blocks of the pool",
         (1000, 10_000, 100_000, 1_000_000),
         lambda n: scheduler_round(64, STEPS, spare_blocks=n)["step"],
     ),
-    Curve("one block reused, all findable", "blocks", (1000, 10_000, 100_000, 1_000_000), _reuse_block),
-    Curve("making the pool", "blocks", (10_000, 100_000, 1_000_000), _make_pool),
+    Curve("one block reused, all findable", "blocks of the pool", (1000, 10_000, 100_000, 1_000_000), _reuse_block),
+    Curve("making the pool", "blocks of the pool", (10_000, 100_000, 1_000_000), _make_pool),
 )
 
 

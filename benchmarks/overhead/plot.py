@@ -26,7 +26,7 @@ def plot(growth: Sequence[dict[str, Any]], path: Path) -> None:
         axes.set_yscale("log")
         lowest = min(cost["median"] for curve in curves for cost in curve["us"].values())
         highest = max(cost["median"] for curve in curves for cost in curve["us"].values())
-        axes.set(title=panel, xlabel=panel, ylabel="µs of CPU", ylim=(lowest / 2, highest * 4))
+        axes.set(xlabel=panel, ylabel="µs of CPU", ylim=(lowest / 3, max(highest, 10 * lowest) * 4))
         axes.grid(alpha=0.3)
         axes.legend(loc="upper left", fontsize="small", title="slope of the last three points", title_fontsize="small")
     figure.suptitle("Host time of the engine; dotted: linear growth from the first point")
