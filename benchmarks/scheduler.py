@@ -41,7 +41,8 @@ def filled(windows: tuple[int | None, ...], size: int, steps: int) -> Scheduler:
     longest = PROMPT + BLOCK_SIZE + steps + 8
     blocks = 1 + size * (longest // BLOCK_SIZE + 2)
     groups = tuple(CacheGroup(window, blocks) for window in windows)
-    config = SchedulerConfig(groups, BLOCK_SIZE, size, max(size, 8192), 4096, size)
+    # All prompts in one step: or the first to decode would outgrow their share of the blocks before the last begin.
+    config = SchedulerConfig(groups, BLOCK_SIZE, size, size * (PROMPT + BLOCK_SIZE), 4096, size)
     scheduler = Scheduler(config)
     for number in range(size):
         prompt = tuple(range(number, number + PROMPT + number % BLOCK_SIZE))

@@ -93,7 +93,7 @@ class DeltaStreams:
         entry = take(delta.sequence_id)
         if entry is not None:
             stream, sequence_id = entry
-            stream.put(replace(delta, sequence_id=sequence_id))
+            stream.put(delta._replace(sequence_id=sequence_id))
 
     def refuse(self, engine_id: str, reason: str) -> None:
         """The engine did not take the sequence on."""

@@ -96,26 +96,33 @@ def decode_request(message: pb.Sequence) -> SequenceRequest:
 
 
 def encode_delta(delta: SequenceDelta) -> pb.Delta:
-    message = pb.Delta(sequence_id=delta.sequence_id, token_ids=delta.token_ids)
-    if delta.logprobs:
-        message.logprobs.extend(_encode_logprobs(delta.logprobs))
-    if delta.prompt_logprobs is not None:
-        message.prompt_logprobs.extend(_encode_logprobs(delta.prompt_logprobs))
-    if delta.finish_reason is not None:
-        message.finish = _TO_FINISH[delta.finish_reason]
-    if delta.error is not None:
-        message.error = delta.error
-    if delta.ledger is not None:
-        ledger = delta.ledger
+    message = pb.Delta()
+    write_delta(delta, message)
+    return message
+
+
+def write_delta(delta: SequenceDelta, message: pb.Delta) -> None:
+    """Fills an empty message where it lies: one that is put into another later is copied."""
+    sequence_id, token_ids, logprobs, prompt_logprobs, reason, error, ledger, trace = delta
+    message.sequence_id = sequence_id
+    message.token_ids.extend(token_ids)
+    if logprobs:
+        message.logprobs.extend(_encode_logprobs(logprobs))
+    if prompt_logprobs is not None:
+        message.prompt_logprobs.extend(_encode_logprobs(prompt_logprobs))
+    if reason is not None:
+        message.finish = _TO_FINISH[reason]
+    if error is not None:
+        message.error = error
+    if ledger is not None:
         message.ledger.queued_s = ledger.queued_s
         message.ledger.prefill_s = ledger.prefill_s
         message.ledger.decode_s = ledger.decode_s
         message.ledger.num_cached_tokens = ledger.num_cached_tokens
         message.ledger.num_preemptions = ledger.num_preemptions
         message.ledger.num_steps = ledger.num_steps
-    if delta.trace:
-        message.trace.extend(encode_trace(delta.trace))
-    return message
+    if trace:
+        message.trace.extend(encode_trace(trace))
 
 
 def decode_delta(message: pb.Delta) -> SequenceDelta:

@@ -1,26 +1,35 @@
 """A plan becomes tensors.
 
-Legend: T tokens of the step, N ranks of the group, S sequences, B block-table columns, R rows whose logits are wanted.
+Legend: T tokens of the step, N ranks of the group, S spans, B block-table columns, R rows whose logits are wanted.
+
+Runs once a step on the host, beside every step's work: what is asked of each sequence goes through ``zip``, ``map`` and
+``bytes.join`` rather than through a loop, and no entry of a block table is looked at in Python.
 """
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, compress
+from operator import add
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from moestro.workers.batch import Batch, CacheTables
 from moestro.workers.hidden_trace import HiddenTrace
-from moestro.workers.scheduler_sequence import Span, StepPlan
+from moestro.workers.scheduler_sequence import SequenceState, Span, StepPlan
+
+_Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class LogitRows:
     """Which rows of the logits are whose: first one row per sampling span, then each span's prompt rows."""
 
-    samples: tuple[Span, ...]
+    samples: tuple[SequenceState, ...]
     prompts: tuple[tuple[Span, int], ...]  # span, number of rows
 
 
@@ -36,58 +45,56 @@ def build_batch(
 ) -> tuple[Batch, LogitRows]:
     """Lays the spans of a plan out one after another. A plan without spans gives a batch of zero tokens."""
     spans = plan.spans
-    num_groups = len(spans[0].sequence.block_tables) if spans else 0
-    start_S = np.fromiter((span.start for span in spans), np.int64, len(spans))
-    length_S = np.fromiter((span.length for span in spans), np.int64, len(spans))
-    end_S1 = np.zeros(len(spans) + 1, np.int64)
-    np.cumsum(length_S, out=end_S1[1:])
-    token_ids_T = np.fromiter(
-        chain.from_iterable(span.sequence.token_ids[span.start : span.start + span.length] for span in spans),
-        np.int64,
-        plan.num_tokens,
-    )
-    position_T = np.repeat(start_S - end_S1[:-1], length_S) + np.arange(plan.num_tokens)
-    sequence_T = np.repeat(np.arange(len(spans)), length_S)
+    sequences, starts, lengths, samples = zip(*spans, strict=True) if spans else ((), (), (), ())
+    query_start_S1 = tuple(accumulate(lengths, initial=0))
+    span_T = np.arange(len(spans)).repeat(np.array(lengths, np.int64))
+    # A token's position is its place in the step plus a number that all tokens of its span share.
+    shift_S = np.array(starts, np.int64) - np.array(query_start_S1[:-1], np.int64)
+    position_T = shift_S[span_T] + np.arange(plan.num_tokens)
+    column_T = position_T // block_size
+    within_T = position_T - column_T * block_size
     tables = []
-    for group in range(num_groups):
-        block_table_SB = _table([span.sequence.block_tables[group] for span in spans])
-        slot_T = block_table_SB[sequence_T, position_T // block_size].astype(np.int64) * block_size
-        slot_T += position_T % block_size
+    for group in range(len(sequences[0].block_tables) if sequences else 0):
+        block_table_SB = _padded([s.block_tables[group] for s in sequences])
+        slot_T = block_table_SB[span_T, column_T] * np.int64(block_size) + within_T
         tables.append(CacheTables(_to(block_table_SB, device), _to(slot_T, device)))
-    samples = [index for index, span in enumerate(spans) if span.samples]
-    prompts = [(index, count) for index, span in enumerate(spans) if (count := prompt_rows(span))]
-    row_parts = [end_S1[1:][samples] - 1] + [np.arange(end_S1[i], end_S1[i] + count) for i, count in prompts]
+    wanting = [i for i, s in enumerate(sequences) if s.wants_prompt_logprobs]
+    prompts = [(i, count) for i in wanting if (count := prompt_rows(spans[i]))]
+    rows = [end - 1 for end in compress(query_start_S1[1:], samples)]
+    for index, count in prompts:
+        rows.extend(range(query_start_S1[index], query_start_S1[index] + count))
+    traced = [i for i, s in enumerate(sequences) if s.is_traced]
     batch = Batch(
-        token_ids_T=_to(token_ids_T, device),
+        token_ids_T=_to(_token_ids(plan), device),
         positions_T=_to(position_T, device),
-        query_start_S1=tuple(end_S1.tolist()),
-        context_len_S=tuple((start_S + length_S).tolist()),
+        query_start_S1=query_start_S1,
+        context_len_S=tuple(map(add, starts, lengths)),
         num_decodes=plan.num_decodes,
         tables_G=tuple(tables),
-        logit_rows_R=_to(np.concatenate(row_parts), device),
+        logit_rows_R=_to(np.array(rows, np.int64), device),
         num_tokens_N=num_tokens_N,
-        trace=_trace(spans, end_S1, device),
+        trace=HiddenTrace(_to(np.flatnonzero(np.isin(span_T, traced)), device)) if traced else None,
     )
-    return batch, LogitRows(tuple(spans[i] for i in samples), tuple((spans[i], count) for i, count in prompts))
+    return batch, LogitRows(tuple(compress(sequences, samples)), tuple((spans[i], count) for i, count in prompts))
 
 
-def _trace(
-    spans: tuple[Span, ...], end_S1: np.ndarray[tuple[int], np.dtype[np.int64]], device: torch.device
-) -> HiddenTrace | None:
-    """For the rows of the spans of sequences that are traced, span after span; None when there are none."""
-    traced = [np.arange(end_S1[i], end_S1[i + 1]) for i, span in enumerate(spans) if span.sequence.is_traced]
-    return HiddenTrace(_to(np.concatenate(traced), device)) if traced else None
+def _token_ids(plan: StepPlan) -> _Ints:
+    token_ids_T = array("I", [sequence.token_ids[start] for sequence, start, _, _ in plan.spans[: plan.num_decodes]])
+    for sequence, start, length, _ in plan.spans[plan.num_decodes :]:
+        token_ids_T += sequence.token_ids[start : start + length]
+    return np.array(token_ids_T, np.int64)
 
 
-def _table(rows: list[list[int]]) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
-    width = max(map(len, rows))
-    table = np.zeros((len(rows), width), np.int32)
-    for row, blocks in zip(table, rows, strict=True):
-        row[: len(blocks)] = blocks
-    return table
+def _padded(tables: Sequence[array[int]]) -> npt.NDArray[np.int32]:
+    """One row per table, filled up with the null block."""
+    lengths = [*map(len, tables)]
+    table_SB = np.zeros((len(tables), max(lengths)), np.int32)
+    is_held_SB = np.arange(table_SB.shape[1]) < np.array(lengths)[:, None]
+    table_SB[is_held_SB] = np.frombuffer(b"".join(tables), np.int32)
+    return table_SB
 
 
-def _to(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]], device: torch.device) -> torch.Tensor:
+def _to(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
     tensor = torch.from_numpy(array)
     if device.type == "cpu":
         return tensor

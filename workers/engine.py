@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from moestro.protos.errors import InvalidRequest, Overloaded
 from moestro.protos.sequences import EngineLimits, EngineLoad, PositionTrace, SequenceDelta, SequenceRequest
@@ -63,5 +63,5 @@ class Engine:
 def _with_traces(deltas: list[SequenceDelta], traces: Mapping[str, tuple[PositionTrace, ...]]) -> list[SequenceDelta]:
     """The traces with the deltas of their sequences. A chunk that gave no token has none; one is made for it."""
     silent = traces.keys() - {delta.sequence_id for delta in deltas}
-    told = [replace(delta, trace=traces.get(delta.sequence_id, ())) for delta in deltas]
+    told = [delta._replace(trace=traces.get(delta.sequence_id, ())) for delta in deltas]
     return [*(SequenceDelta(name, trace=trace) for name, trace in traces.items() if name in silent), *told]

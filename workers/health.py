@@ -8,6 +8,8 @@ there on, and no other row reads it before its sequence has failed.
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 
@@ -29,9 +31,9 @@ class StepHealth:
     def bad_rows(self) -> list[int]:
         """Rows whose hidden state is not a number after the last layer. Waits for the device. The same on every rank of
         a tensor-parallel set."""
-        if self._x_TM is None or not bool((bad_T := self._x_TM.sum(-1).isnan()).any()):
-            return []
-        rows: list[int] = bad_T.nonzero()[:, 0].tolist()
+        if self._x_TM is None or math.isfinite(self._x_TM.sum().item()):
+            return []  # whatever is not a number would be in the sum
+        rows: list[int] = self._x_TM.sum(-1).isnan().nonzero()[:, 0].tolist()
         return rows
 
     def where(self, start: int, stop: int) -> str:

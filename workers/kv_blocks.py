@@ -30,13 +30,14 @@ def chain_digest(parent: bytes, token_ids: Sequence[int]) -> bytes:
 class BlockPool:
     """Reference counts, free blocks and findable contents of ``num_blocks`` blocks, the null block included."""
 
-    __slots__ = ("_block_of", "_digest_of", "_fresh", "_refs", "_reusable")
+    __slots__ = ("_block_of", "_digest_of", "_fresh", "_refs", "_reusable", "_unused_from")
 
     def __init__(self, num_blocks: int) -> None:
         if num_blocks < 2:
             raise ValueError(f"num_blocks must be at least 2 (block 0 is the null block), not {num_blocks}")
-        self._refs = [0] * num_blocks
-        self._fresh = list(range(num_blocks - 1, 0, -1))  # free and nothing to find in them; a stack
+        self._refs = array("i", bytes(4 * num_blocks))
+        self._unused_from = 1  # blocks from here on were never handed out
+        self._fresh: list[int] = []  # given back, and nothing to find in them; a stack
         self._reusable: OrderedDict[int, None] = OrderedDict()  # free but findable; oldest first
         self._digest_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
@@ -49,11 +50,11 @@ class BlockPool:
     @property
     def num_free(self) -> int:
         """Blocks nobody holds, findable ones included."""
-        return len(self._fresh) + len(self._reusable)
+        return len(self._refs) - self._unused_from + len(self._fresh) + len(self._reusable)
 
     @property
     def num_used(self) -> int:
-        return len(self._refs) - 1 - len(self._fresh) - len(self._reusable)
+        return self._unused_from - 1 - len(self._fresh) - len(self._reusable)
 
     def is_free(self, block: int) -> bool:
         return self._refs[block] == 0
@@ -62,6 +63,9 @@ class BlockPool:
         """A block with one reference and no contents. The caller has looked at ``num_free``."""
         if self._fresh:
             block = self._fresh.pop()
+        elif self._unused_from < len(self._refs):
+            block = self._unused_from
+            self._unused_from += 1
         else:
             block, _ = self._reusable.popitem(last=False)
             self.forget(block)
@@ -115,9 +119,9 @@ class BlockPool:
         counts = [0] * len(self._refs)
         for block in held:
             counts[block] += 1
-        assert counts == self._refs, f"references {self._refs} differ from holders {counts}"
+        assert counts == self._refs.tolist(), f"references {self._refs} differ from holders {counts}"
         assert counts[0] == 0, "the null block is held"
-        free = sorted([*self._fresh, *self._reusable])
+        free = sorted([*self._fresh, *self._reusable, *range(self._unused_from, len(counts))])
         assert free == [b for b in range(1, len(counts)) if counts[b] == 0], f"free {free}, references {counts}"
         published = {digest: block for block, digest in enumerate(self._digest_of) if digest is not None}
         assert published == self._block_of, "digests and blocks disagree"

@@ -18,7 +18,7 @@ from moestro.workers.batching import LogitRows, build_batch
 from moestro.workers.hidden_trace import HiddenTrace
 from moestro.workers.kv_cache import KVCache
 from moestro.workers.sampling.logprobs import prompt_logprobs
-from moestro.workers.sampling.sampler import NOTHING_DRAWN, SamplingRow, sample
+from moestro.workers.sampling.sampler import NOTHING_DRAWN, SamplingRow, sample_step
 from moestro.workers.scheduler_sequence import StepPlan
 
 
@@ -58,9 +58,13 @@ class Runner:
 
 
 def _draw(logits_RV: Tensor, rows: LogitRows) -> dict[str, SampledToken]:
-    sampling_rows = [SamplingRow(s.sampling, s.token_ids, s.num_prompt, len(s.token_ids)) for s, *_ in rows.samples]
-    tokens_R = sample(logits_RV[: len(sampling_rows)], sampling_rows)
-    return {span.sequence.sequence_id: token for span, token in zip(rows.samples, tokens_R, strict=True)}
+    special = {
+        row: SamplingRow(s.sampling, s.token_ids, s.num_prompt, len(s.token_ids))
+        for row, s in enumerate(rows.samples)
+        if not s.is_plain
+    }
+    tokens_R = sample_step(logits_RV[: len(rows.samples)], special)
+    return dict(zip([s.sequence_id for s in rows.samples], tokens_R, strict=True))
 
 
 def _failures(plan: StepPlan, batch: Batch) -> dict[str, SampledToken]:

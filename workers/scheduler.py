@@ -33,6 +33,8 @@ from moestro.workers.scheduler_sequence import SequenceState, Span, StepPlan
 from moestro.workers.scheduler_tables import TableManager
 
 _BY_KEY = attrgetter("key")
+_new_tuple = tuple.__new__  # of a NamedTuple's fields, without the detour through Python that its own __new__ takes
+_ABSENT = (SampledToken(-1), SampledToken(-1, error="the step gave no token"))  # by whether the span samples
 _NO_LOGPROBS: Mapping[str, Sequence[TokenLogprobs | None]] = MappingProxyType({})
 
 
@@ -102,14 +104,11 @@ class Scheduler:
         if sequence is None or sequence.is_cancelled:
             return False
         sequence.is_cancelled = True
-        waits = bisect_left(self._waiting, sequence.key, key=_BY_KEY)
-        if waits < len(self._waiting) and self._waiting[waits] is sequence:
-            del self._waiting[waits]
-        elif self._in_flight is None:
-            self._running.remove(sequence)
+        if not _take_out(self._waiting, sequence):
+            if self._in_flight is not None:
+                return True
+            _take_out(self._running, sequence)
             self._leave(sequence)
-        else:
-            return True
         del self._by_id[sequence_id]
         self._cancelled.append(sequence)
         return True
@@ -145,8 +144,6 @@ class Scheduler:
         running = self._running
         decodes: list[Span] = []
         longer: list[Span] = []
-        size = self.config.block_size
-        filling = size - 1
         self._spare = self.config.max_num_tokens - len(running)
         is_open = bool(self._waiting) and self._admission(len(running))
         urgent = self._waiting[0].priority if is_open else None
@@ -160,9 +157,8 @@ class Scheduler:
                     continue  # look at the same sequence again, if it still runs
                 sequence = running[index]
             start = sequence.num_computed
-            # Nearly all, nearly always: one token that neither needs a new block nor fills its own.
-            if 0 < start % size < filling and len(sequence.token_ids) - start == 1:
-                decodes.append(Span(sequence, start, 1, True))
+            if start < sequence.steady_until:  # nearly all, nearly always
+                decodes.append(_new_tuple(Span, (sequence, start, 1, True)))
             else:
                 self._serve(index, decodes, longer)
             index += 1
@@ -194,18 +190,16 @@ class Scheduler:
         num_known = len(self._by_id)
         for sequence, start, length, samples in plan.spans:
             sequence.num_computed = start + length
-            token = sampled.get(sequence.sequence_id)
+            token_id, logprobs, error = sampled.get(sequence.sequence_id, _ABSENT[samples])
             if sequence.is_cancelled:
                 deltas.append(self._end(sequence, FinishReason.CANCELLED, now))
-            elif token is None and samples:
-                deltas.append(self._end(sequence, FinishReason.ERROR, now, error="the step gave no token"))
-            elif token is not None and token.error is not None:
-                deltas.append(self._end(sequence, FinishReason.ERROR, now, error=token.error))
-            elif token is not None and samples:
+            elif error is not None:
+                deltas.append(self._end(sequence, FinishReason.ERROR, now, error=error))
+            elif samples:
                 joined = None
                 if sequence.first_output_at is None:
                     joined = self._first_output(sequence, now, prompt_logprobs)
-                deltas.append(self._advance(sequence, token, joined, now))
+                deltas.append(self._advance(sequence, token_id, logprobs, joined, now))
             else:
                 sequence.prompt_logprobs.extend(prompt_logprobs.get(sequence.sequence_id, ()))
             if windows:
@@ -274,6 +268,8 @@ class Scheduler:
             self._tables.extend(sequence, end)
         self._tables.commit(sequence, end)
         self._spare -= end - start - 1
+        if end == known:
+            sequence.steady_until = self._tables.steady_until(end)
         span = Span(sequence, start, end - start, end == known)
         (decodes if end - start == 1 else longer).append(span)
 
@@ -345,7 +341,7 @@ class Scheduler:
                 waiting_for_it.append(sequence)
                 continue
             sequence.recomputes = True
-            self._running.remove(sequence)
+            _take_out(self._running, sequence)
             sequence.key = (sequence.priority, self._num_arrivals)
             self._num_arrivals += 1
             self._preempt(sequence)
@@ -371,26 +367,28 @@ class Scheduler:
         sequence.first_output_at = now
         if not sequence.wants_prompt_logprobs:
             return None
+        sequence.wants_prompt_logprobs = False
         gathered, sequence.prompt_logprobs = sequence.prompt_logprobs, []
         return (*gathered, *prompt_logprobs.get(sequence.sequence_id, ()))
 
     def _advance(
         self,
         sequence: SequenceState,
-        token: SampledToken,
+        token_id: int,
+        logprobs: TokenLogprobs | None,
         prompt_logprobs: tuple[TokenLogprobs | None, ...] | None,
         now: float,
     ) -> SequenceDelta:
         """One more known token, which may be the last."""
-        token_id = token.token_id
-        sequence.token_ids.append(token_id)
+        token_ids = sequence.token_ids
+        token_ids.append(token_id)
         sequence.last_output_at = now
-        logprobs = () if token.logprobs is None else (token.logprobs,)
-        if len(sequence.token_ids) >= sequence.max_known or token_id in sequence.end_ids:
+        told = () if logprobs is None else (logprobs,)
+        if len(token_ids) >= sequence.max_known or token_id in sequence.end_ids:
             reason = sequence.finish_reason(token_id)
             if reason is not None:
-                return self._end(sequence, reason, now, (token_id,), logprobs, prompt_logprobs)
-        return SequenceDelta(sequence.sequence_id, (token_id,), logprobs, prompt_logprobs)
+                return self._end(sequence, reason, now, (token_id,), told, prompt_logprobs)
+        return SequenceDelta(sequence.sequence_id, (token_id,), told, prompt_logprobs)
 
     def _end(
         self,
@@ -412,3 +410,12 @@ class Scheduler:
         """The last deltas of those that were cancelled while no step was in flight, or waited."""
         gone, self._cancelled = self._cancelled, []
         return [SequenceDelta(s.sequence_id, finish_reason=FinishReason.CANCELLED, ledger=s.ledger(now)) for s in gone]
+
+
+def _take_out(queue: list[SequenceState], sequence: SequenceState) -> bool:
+    """Removes a sequence from a queue in the order of service, if it is there."""
+    place = bisect_left(queue, sequence.key, key=_BY_KEY)
+    if place == len(queue) or queue[place] is not sequence:
+        return False
+    del queue[place]
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -18,11 +19,20 @@ def _end_ids(*token_ids: tuple[int, ...]) -> frozenset[int]:
     return frozenset(chain.from_iterable(token_ids))
 
 
+def empty_tables(num_groups: int) -> tuple[array[int], ...]:
+    """The block tables (int32) of a sequence that holds nothing."""
+    return tuple(array("i") for _ in range(num_groups))
+
+
 class SequenceState:
     """Known tokens and one integer, ``num_computed``: how many of them have their keys and values in the cache.
 
     Owned by the scheduler, which writes only inside ``plan`` and ``apply``. The runner reads ``token_ids``,
-    ``sampling``, ``num_prompt``, ``is_traced`` and ``block_tables`` between the two, and writes nothing.
+    ``sampling``, ``num_prompt``, ``block_tables`` and what it is asked for (``is_plain``, ``is_traced``,
+    ``wants_prompt_logprobs``) between the two, and writes nothing.
+
+    Token ids and block tables are arrays of 32-bit numbers: a waiting prompt takes a tenth of a list's memory, and the
+    runner copies a table without looking at its entries.
     """
 
     __slots__ = (
@@ -34,6 +44,7 @@ class SequenceState:
         "first_live",
         "first_output_at",
         "is_cancelled",
+        "is_plain",
         "is_traced",
         "key",
         "last_output_at",
@@ -52,7 +63,9 @@ class SequenceState:
         "sampling",
         "sequence_id",
         "started_at",
+        "steady_until",
         "token_ids",
+        "wants_prompt_logprobs",
     )
 
     def __init__(self, request: SequenceRequest, arrival: int, context_limit: int, num_groups: int, now: float) -> None:
@@ -61,19 +74,23 @@ class SequenceState:
         self.sampling: SamplingParams = sampling
         self.priority = request.priority
         self.key = (request.priority, arrival)  # the total order of service
-        self.token_ids: list[int] = [*request.prompt_ids, *request.output_ids]
+        self.token_ids = array("I", request.prompt_ids + request.output_ids)
         self.num_prompt = len(request.prompt_ids)
         self.max_known = min(self.num_prompt + sampling.max_tokens, context_limit)  # known tokens at which it ends
         self.end_ids = _end_ids(sampling.stop_token_ids, () if sampling.ignore_eos else sampling.eos_token_ids)
         self.num_computed = 0
+        self.steady_until = 0  # before it, each step computes one token that needs no block and fills none
         self.is_cancelled = False
+        self.is_plain = sampling.is_plain
+        # Those of prompt tokens are still to be gathered: they go out with the first output token.
+        self.wants_prompt_logprobs = sampling.prompt_logprobs is not None and not request.output_ids
         # Diagnostics.
         self.max_chunk = request.diagnostics.max_chunk or NO_LIMIT
         self.preempt_at = request.diagnostics.preempt_at
         self.is_traced = request.diagnostics.trace
         self.recomputes = False  # looks for no prefix: it would find what it wrote itself
         # Blocks. Written by scheduler_tables alone.
-        self.block_tables: tuple[list[int], ...] = tuple([] for _ in range(num_groups))
+        self.block_tables = empty_tables(num_groups)
         self.first_live = [0] * num_groups  # per group: table entries before it are null, behind the window
         self.capacity = 0  # tokens that the tables of every group have room for
         self.digests: list[bytes] = []  # of the full blocks, as far as anybody asked
@@ -92,11 +109,6 @@ class SequenceState:
     def num_output(self) -> int:
         """Output tokens so far, replayed ones included."""
         return len(self.token_ids) - self.num_prompt
-
-    @property
-    def wants_prompt_logprobs(self) -> bool:
-        """The log probabilities of prompt tokens are still to be gathered: they go out with the first output token."""
-        return self.sampling.prompt_logprobs is not None and len(self.token_ids) == self.num_prompt
 
     def finish_reason(self, token_id: int) -> FinishReason | None:
         """Whether the last known token, ``token_id``, ends the sequence. End tokens count only after ``min_tokens``

@@ -15,24 +15,21 @@ from collections.abc import Sequence
 
 from moestro.workers.kv_blocks import ROOT_DIGEST, BlockPool, chain_digest
 from moestro.workers.scheduler_config import CacheGroup, blocks_of_window
-from moestro.workers.scheduler_sequence import SequenceState
+from moestro.workers.scheduler_sequence import NO_LIMIT, SequenceState, empty_tables
 
 
 class TableManager:
     """Which blocks each sequence holds in each group."""
 
-    __slots__ = ("_block_size", "_groups", "_pools", "_windows", "is_sharing")
+    __slots__ = ("_block_size", "_groups", "_pools", "_windows", "has_windows", "is_sharing")
 
     def __init__(self, groups: Sequence[CacheGroup], pools: Sequence[BlockPool], block_size: int) -> None:
         self._groups = tuple(zip(groups, pools, strict=True))
         self._pools = tuple(pools)
         self._windows = tuple((i, g.window, pools[i]) for i, g in enumerate(groups) if g.window is not None)
         self._block_size = block_size
+        self.has_windows = bool(self._windows)
         self.is_sharing = not self._windows
-
-    @property
-    def has_windows(self) -> bool:
-        return bool(self._windows)
 
     def find_prefix(self, sequence: SequenceState) -> int:
         """Full blocks at the start of the sequence that every group has. The last known token is never among them: its
@@ -87,10 +84,10 @@ class TableManager:
 
     def reachable(self, sequence: SequenceState) -> int:
         """Tokens that the sequence could hold by taking every free block."""
-        return min(
-            (len(table) + pool.num_free) * self._block_size
-            for table, pool in zip(sequence.block_tables, self._pools, strict=True)
-        )
+        blocks = NO_LIMIT
+        for table, pool in zip(sequence.block_tables, self._pools, strict=True):
+            blocks = min(blocks, len(table) + pool.num_free)
+        return blocks * self._block_size
 
     def extend(self, sequence: SequenceState, end: int) -> None:
         """Makes room for tokens before ``end``; the caller knows that it is reachable."""
@@ -99,6 +96,12 @@ class TableManager:
             while len(table) < needed:
                 table.append(pool.allocate())
         self._update_capacity(sequence)
+
+    def steady_until(self, end: int) -> int:
+        """Of a sequence computed up to ``end``: while it has fewer tokens than this, one more needs no block and fills
+        none. 0 if already the next one does."""
+        filled = end % self._block_size
+        return end - filled + self._block_size - 1 if filled else 0
 
     def commit(self, sequence: SequenceState, end: int) -> None:
         """A step will compute the tokens before ``end``: publishes the blocks that it fills."""
@@ -114,12 +117,14 @@ class TableManager:
     def trim(self, sequence: SequenceState) -> None:
         """Frees the blocks that lie wholly behind the window of the next token to compute."""
         for index, window, pool in self._windows:
-            keep = max(0, sequence.num_computed - window + 1) // self._block_size
+            keep = (sequence.num_computed - window + 1) // self._block_size
+            if keep <= sequence.first_live[index]:
+                continue
             table = sequence.block_tables[index]
             for entry in range(sequence.first_live[index], keep):
                 pool.release(table[entry])
                 table[entry] = 0
-            sequence.first_live[index] = max(keep, sequence.first_live[index])
+            sequence.first_live[index] = keep
 
     def release(self, sequence: SequenceState, forget_from: int | None = None) -> None:
         """Gives everything back; nothing is computed any more. Deepest first, so that the start of a prefix, which the
@@ -132,9 +137,9 @@ class TableManager:
                     pool.forget(table[entry])
                 pool.release(table[entry])
         # New lists: whoever still looks at the old plan sees it as it was.
-        sequence.block_tables = tuple([] for _ in self._pools)
+        sequence.block_tables = empty_tables(len(self._pools))
         sequence.first_live = [0] * len(self._pools)
-        sequence.num_computed = sequence.num_published = sequence.capacity = 0
+        sequence.num_computed = sequence.num_published = sequence.capacity = sequence.steady_until = 0
 
     def check_integrity(self, holders: Sequence[SequenceState]) -> None:
         """Asserts that tables and pools agree and that every position a next token would see has its block."""

@@ -46,10 +46,12 @@ CHANNEL_OPTIONS = (
 class _Outbox:
     """What one attached gateway has not been sent yet, and the sequences it owns here."""
 
-    deltas: list[pb.Delta] = field(default_factory=list)
+    message: pb.AttachResponse = field(default_factory=pb.AttachResponse)  # filled in place: nothing is copied
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     sequences: set[str] = field(default_factory=set)
-    overflown: bool = False
+
+    def add(self) -> pb.Delta:
+        return self.message.step.deltas.add()
 
 
 class RankServer(rank_pb2_grpc.RankServiceServicer):
@@ -87,12 +89,12 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
             outbox = self._owner.get(delta.sequence_id)
             if outbox is None:
                 continue  # its gateway left while the step ran
-            self._put(outbox, wire.encode_delta(delta))
+            wire.write_delta(delta, outbox.add())
             if delta.finish_reason is not None:
                 self._forget(delta.sequence_id)
         for sequence_id, reason in refusals:
             if (outbox := self._owner.get(sequence_id)) is not None:
-                self._put(outbox, pb.Delta(sequence_id=sequence_id, error=reason, refused=True))
+                outbox.add().MergeFrom(pb.Delta(sequence_id=sequence_id, error=reason, refused=True))
                 self._forget(sequence_id)
         self._load = load
         for outbox in self._outboxes:
@@ -109,10 +111,6 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._none_open.wait()
-
-    def _put(self, outbox: _Outbox, delta: pb.Delta) -> None:
-        outbox.deltas.append(delta)
-        outbox.overflown |= len(outbox.deltas) > MAX_UNSENT_DELTAS
 
     def _forget(self, sequence_id: str) -> None:
         outbox = self._owner.pop(sequence_id, None)
@@ -144,10 +142,11 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
                 outbox.ready.clear()
                 if self._failure:
                     await context.abort(grpc.StatusCode.UNAVAILABLE, self._failure)
-                if outbox.overflown:
+                if len(outbox.message.step.deltas) > MAX_UNSENT_DELTAS:
                     await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the gateway reads too slowly")
-                deltas, outbox.deltas = outbox.deltas, []
-                yield pb.AttachResponse(step=pb.Step(deltas=deltas, load=wire.encode_load(self._load)))
+                message, outbox.message = outbox.message, pb.AttachResponse()
+                message.step.load.CopyFrom(wire.encode_load(self._load))
+                yield message
         finally:
             reader.cancel()
             self._outboxes.discard(outbox)

@@ -62,6 +62,7 @@ class Rank:
 
     async def start(self, spec: RankSpec, place: RankPlace) -> RankEntry:
         """Joins the group, loads the model, opens the server. Collective: every rank of the group starts at once."""
+        from moestro.workers.device import freeze_heap
         from moestro.workers.rank_setup import GroupPlace, build_rank
 
         host = "127.0.0.1" if place.on_loopback else ray.util.get_node_ip_address()
@@ -86,6 +87,7 @@ class Rank:
             await self._server.start()
             address = f"{host}:{port}"
         publish = _publisher(events, self._rank_server)
+        await asyncio.to_thread(freeze_heap)
         self._thread = threading.Thread(target=self._run, args=(publish, events), name="engine", daemon=True)
         self._thread.start()
         self._entry = replace(self._entry, state=RankState.SERVING, address=address, device=built.device)

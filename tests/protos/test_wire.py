@@ -65,6 +65,10 @@ deltas = st.builds(
     sequence_id=st.text(max_size=8),
     token_ids=id_tuples,
     logprobs=st.lists(logprobs, max_size=3).map(tuple),
+    prompt_logprobs=st.none(),
+    finish_reason=st.none(),
+    error=st.none(),
+    ledger=st.none(),
     trace=traces,
 )
 last_deltas = st.builds(

@@ -116,7 +116,7 @@ def test_a_plan_is_frozen() -> None:
     seen = ([*plan.spans[0].sequence.token_ids], [*plan.spans[0].sequence.block_tables[0]])
     scheduler.add(request("b"), 0.0)
     scheduler.cancel("a")
-    assert seen == (plan.spans[0].sequence.token_ids, plan.spans[0].sequence.block_tables[0])
+    assert seen == ([*plan.spans[0].sequence.token_ids], [*plan.spans[0].sequence.block_tables[0]])
 
 
 def test_a_step_that_gives_no_token_ends_that_sequence_alone() -> None:

@@ -137,7 +137,7 @@ class Life:
             assert not most or span.length <= most
 
     def finish(self, plan: StepPlan, failing: frozenset[str] = frozenset()) -> None:
-        frozen = [(span, list(span.sequence.token_ids), repr(span.sequence.block_tables)) for span in plan.spans]
+        frozen = [(span, repr(span.sequence.token_ids), repr(span.sequence.block_tables)) for span in plan.spans]
         self.cache.run(plan)
         sampled, logprobs = {}, {}
         for sequence, start, length, samples in plan.spans:
@@ -150,7 +150,7 @@ class Life:
                 following = sequence.token_ids[start + 1 : min(start + length + 1, sequence.num_prompt)]
                 logprobs[name] = [TokenLogprobs(token, 0.0) for token in following]
         for span, token_ids, tables in frozen:
-            assert (span.sequence.token_ids, repr(span.sequence.block_tables)) == (token_ids, tables)
+            assert (repr(span.sequence.token_ids), repr(span.sequence.block_tables)) == (token_ids, tables)
         self.num_steps += 1
         for delta in self.scheduler.apply(plan, sampled, float(self.num_steps), logprobs):
             self.deltas[delta.sequence_id].append(delta)

@@ -14,13 +14,14 @@ tokens they name, and only rows with top_k or top_p are ranked. On an accelerato
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from moestro.protos.sequences import SampledToken, SamplingParams
 from moestro.workers.sampling.filters import OFF_TOP_P, log_min_p, surviving
+from moestro.workers.sampling.greedy import ALL_MINUS_INF, NAN, PLUS_INF, coded, largest
 from moestro.workers.sampling.logprobs import packed_logprobs, unpack_logprobs
 from moestro.workers.sampling.noise import gumbel_, row_keys, uniform_at, uniform_vocab
 from moestro.workers.sampling.ordering import ranked
@@ -28,13 +29,14 @@ from moestro.workers.sampling.penalties import edit_, edits
 from moestro.workers.sampling.rows import SamplingRow
 from moestro.workers.sampling.transfer import upload
 
-__all__ = ["SamplingRow", "sample"]
+__all__ = ["SamplingRow", "sample", "sample_step"]
 
-_NAN, _PLUS_INF, _ALL_MINUS_INF, _EDITED_AWAY = -1, -2, -3, -4
+_EDITED_AWAY = -4
+_new_tuple = tuple.__new__  # of all fields, without the detour through Python that a NamedTuple's own __new__ takes
 _ERRORS = {
-    _NAN: "the model's logits contain NaN",
-    _PLUS_INF: "the model's logits contain +Inf",
-    _ALL_MINUS_INF: "the model's logits are all -Inf",
+    NAN: "the model's logits contain NaN",
+    PLUS_INF: "the model's logits contain +Inf",
+    ALL_MINUS_INF: "the model's logits are all -Inf",
     _EDITED_AWAY: "logit_bias, penalties and min_tokens left no finite largest logit",
 }
 NOTHING_DRAWN = -1
@@ -50,49 +52,37 @@ def sample(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]
     +Inf, or no finite one, gets an error and token id -1, and so does a row whose own parameters leave no token;
     the others are not affected. Raises ValueError where shapes or dtype are wrong.
     """
-    _check(logits_RV, rows)
-    if not rows:
-        return []
-    best_R, code_R = _greedy(logits_RV)
-    code_R = torch.where(best_R.isfinite(), code_R, _raw_error(best_R))
-    special = [r for r, row in enumerate(rows) if row.params.temperature > 0 or edits(row)]
-    if special:
-        index_S = upload(special, torch.int64, logits_RV.device)
-        drawn_S = _draw(logits_RV.index_select(0, index_S), [rows[r] for r in special])
-        raw_S = code_R[index_S]
-        code_R[index_S] = torch.where(raw_S < 0, raw_S, drawn_S)
-    asking = [r for r, row in enumerate(rows) if row.params.logprobs is not None]
-    if not asking:
-        return [SampledToken(code) if code >= 0 else _failed(code) for code in code_R.tolist()]
-    return _with_logprobs(logits_RV, rows, code_R, asking)
+    if logits_RV.shape[0] != len(rows):
+        raise ValueError(f"rows must have one entry for each of the {logits_RV.shape[0]} rows, not {len(rows)}")
+    return sample_step(logits_RV, {r: row for r, row in enumerate(rows) if not row.params.is_plain})
 
 
-def _check(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> None:
+def sample_step(logits_RV: Tensor, special: Mapping[int, SamplingRow]) -> list[SampledToken]:
+    """The same for whoever knows which rows are not plain (``SamplingParams.is_plain``): those of ``special``, by
+    their index. Nothing is looked at one by one for the others."""
     if logits_RV.ndim != 2 or logits_RV.shape[1] == 0:
         raise ValueError(f"logits_RV must have shape [R, V] with V >= 1, not {tuple(logits_RV.shape)}")
     if logits_RV.dtype != torch.float32:
         raise ValueError(f"logits_RV must be float32, not {logits_RV.dtype}")
-    if logits_RV.shape[0] != len(rows):
-        raise ValueError(f"rows must have one entry for each of the {logits_RV.shape[0]} rows, not {len(rows)}")
-
-
-def _greedy(x_RV: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest logit of each row [R] and its smallest id [R]. NaN counts as the largest, so that logit is finite
-    exactly if the row has no NaN, no +Inf and not only -Inf: the check costs nothing beyond the argmax."""
-    id_R = x_RV.argmax(dim=1)
-    return x_RV.gather(1, id_R[:, None])[:, 0], id_R
-
-
-def _raw_error(best_R: Tensor) -> Tensor:
-    infinite_R = torch.where(best_R > 0, _PLUS_INF, _ALL_MINUS_INF)
-    return torch.where(best_R.isnan(), _NAN, infinite_R)
+    code_R = coded(*largest(logits_RV))
+    edited = [r for r, row in special.items() if row.params.temperature > 0 or edits(row)]
+    if edited:
+        index_S = upload(edited, torch.int64, logits_RV.device)
+        drawn_S = _draw(logits_RV.index_select(0, index_S), [special[r] for r in edited])
+        raw_S = code_R[index_S]
+        code_R[index_S] = torch.where(raw_S < 0, raw_S, drawn_S)
+    asking = {r: row.params.logprobs for r, row in special.items() if row.params.logprobs is not None}
+    if asking:
+        return _with_logprobs(logits_RV, code_R, asking)
+    codes = code_R.tolist()
+    return [_new_tuple(SampledToken, (code, None, None)) if code >= 0 else _failed(code) for code in codes]
 
 
 def _draw(x_SV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Token ids [S] int64, or an error code, of rows with an edit or a temperature. Overwrites ``x_SV``."""
     if any(edits(row) for row in rows):
         edit_(x_SV, rows)
-    best_S, token_S = _greedy(x_SV)
+    best_S, token_S = largest(x_SV)
     groups: dict[int, list[int]] = {}
     for s, row in enumerate(rows):
         if row.params.temperature > 0:
@@ -160,19 +150,18 @@ def _keys(rows: Sequence[SamplingRow], device: torch.device) -> Tensor:
     return upload(keys, torch.int64, device)
 
 
-def _with_logprobs(
-    logits_RV: Tensor, rows: Sequence[SamplingRow], code_R: Tensor, asking: Sequence[int]
-) -> list[SampledToken]:
-    index_G = upload(asking, torch.int64, logits_RV.device)
-    most = max(rows[r].params.logprobs or 0 for r in asking)
+def _with_logprobs(logits_RV: Tensor, code_R: Tensor, asking: Mapping[int, int]) -> list[SampledToken]:
+    """``asking``: how many log probabilities each of these rows wants beside the drawn token's."""
+    num_rows = logits_RV.shape[0]
+    index_G = upload([*asking], torch.int64, logits_RV.device)
+    most = max(asking.values())
     packed = packed_logprobs(logits_RV.index_select(0, index_G), code_R[index_G].clamp(min=0), most)
     host = torch.cat([code_R.to(torch.float64), packed.flatten()]).tolist()  # one copy, so one wait
-    codes, flat = [int(code) for code in host[: len(rows)]], host[len(rows) :]
+    codes, flat = [int(code) for code in host[:num_rows]], host[num_rows:]
     tokens = [SampledToken(code) if code >= 0 else _failed(code) for code in codes]
     stride = packed.shape[1]
-    for g, r in enumerate(asking):
+    for g, (r, k) in enumerate(asking.items()):
         if codes[r] >= 0:
-            k = rows[r].params.logprobs or 0
             logprobs = unpack_logprobs(codes[r], flat[g * stride : (g + 1) * stride], k)
             tokens[r] = SampledToken(codes[r], logprobs)
     return tokens
