@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 import torch
-from benchmarks.gpu_suite.checks import Check, Settings, Unmet, Values, attempt
+from benchmarks.gpu_suite.checks import Check, Settings, Unmet, Values, attempt, on_cuda_only
 from benchmarks.gpu_suite.kernel_attention import attention_checks
 from torch import Tensor
 
@@ -22,7 +24,10 @@ from moestro.kernels.backend import Backend
 from moestro.kernels.choose import choose_backend
 from moestro.kernels.gate import GateSpec, GroupSpec, Score, route
 from moestro.kernels.grouped_experts import ExpertShape, experts_reference
+from moestro.protos.sequences import SamplingParams
 from moestro.workers.device import configure_torch
+from moestro.workers.sampling.noise import row_keys
+from moestro.workers.sampling.sampler import SamplingRow, sample
 
 TOLERANCE = 1e-2
 _ROWS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 65, 127, 128, 129, 255, 256, 257, 511, 513, 1024, 2049)
@@ -73,6 +78,8 @@ def run(settings: Settings) -> Iterator[Check]:
         for width in sizes.widths:
             yield attempt(f"norm {width}", lambda m=width: norm(backend, m, sizes.rows, _generator(device, settings)))
         yield from attention_checks(backend, settings, _generator(device, settings))
+        yield on_cuda_only("sampling kernel", settings, lambda: sampling(_generator(device, settings)))
+        yield on_cuda_only("ordered sum", settings, lambda: ordered_sum(_generator(device, settings)))
 
 
 def _choose(device: torch.device, found: list[Backend]) -> Values:
@@ -194,6 +201,53 @@ def norm(backend: Backend, width: int, rows: Sequence[int], generator: torch.Gen
 
     bits = same_bits(call, torch.arange(most, device=generator.device), rows, generator)
     return accurate(out_TM, want_TM) | bits | {"without_delta": alone["error"]}
+
+
+def sampling(generator: torch.Generator) -> Values:
+    """The kernel of ``kernels/cuda`` draws the sampler's tokens; a tie of scores within rounding may go elsewhere."""
+    sample_rows: Any = import_module("moestro.kernels.cuda.sampling").sample_rows
+    device, rows, vocab_size = generator.device, 256, 151_936
+    logits_RV = 4 * torch.randn(rows, vocab_size, generator=generator, device=device)
+    logits_RV[3, 100:200] = 60.0  # equal ones
+    logits_RV[5, 7], logits_RV[6, 9] = float("nan"), float("inf")
+    logits_RV[7] = float("-inf")
+    temperatures = [0.0 if row % 2 else 0.1 + row / 100 for row in range(rows)]
+    params = [SamplingParams(temperature=value, seed=row) for row, value in enumerate(temperatures)]
+    want = [token.token_id for token in sample(logits_RV, [SamplingRow(one, (1, 2, 3), 2, 3) for one in params])]
+    key_R = row_keys([one.seed for one in params], [3] * rows).to(device)
+    code_R, logprob_R, _ = sample_rows(logits_RV, torch.tensor(temperatures, device=device), key_R)
+    codes = code_R.tolist()
+    if codes[5:8] != [-1, -2, -3]:
+        raise Unmet(f"NaN, +Inf and all -Inf got the codes {codes[5:8]}")
+    differs = [row for row in range(rows) if max(codes[row], -1) != want[row]]
+    if any(row % 2 for row in differs) or len(differs) > 1:
+        raise Unmet(f"rows {differs} got other tokens than the sampler's")
+    sound_R = code_R >= 0
+    want_R = torch.log_softmax(logits_RV.double(), 1).gather(1, code_R.clamp(min=0)[:, None])[:, 0]
+    values = accurate(logprob_R[sound_R], want_R[sound_R], 1e-5)
+    alone_R = torch.cat(
+        [
+            sample_rows(logits_RV[r : r + 1], torch.tensor([temperatures[r]], device=device), key_R[r : r + 1])[0]
+            for r in range(16)
+        ]
+    )
+    if not torch.equal(alone_R, code_R[:16]):
+        raise Unmet("a row alone gets another token than in company")
+    return values | {"other_tokens": len(differs)}
+
+
+def ordered_sum(generator: torch.Generator) -> Values:
+    """The arithmetic of the one-shot all-reduce over four buffers of this device: exactly the sum in order in fp32."""
+    kernel: Any = import_module("moestro.kernels.cuda.all_reduce").ordered_sum
+    for numel in (8, 2048, 2880 * 7, 1 << 20):
+        parts = [normal((numel,), generator) for _ in range(4)]
+        peers_R = torch.tensor([part.data_ptr() for part in parts], dtype=torch.int64, device=generator.device)
+        want = parts[0].float()
+        for part in parts[1:]:
+            want = want + part.float()
+        if not torch.equal(kernel(peers_R, parts[0]), want.bfloat16()):
+            raise Unmet(f"a sum of {numel} elements has other bits")
+    return {"headline": "the same bits"}
 
 
 def accurate(got: Tensor, want: Tensor, tolerance: float = TOLERANCE) -> Values:

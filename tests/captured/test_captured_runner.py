@@ -26,11 +26,14 @@ from moestro.workers.batch import Batch
 from moestro.workers.captured.graph import Called
 from moestro.workers.captured.runner import CapturedRunner, capture_runner
 from moestro.workers.captured.sizes import GraphSizes, graph_sizes
+from moestro.workers.captured.tail import GREEDY, Tail
 from moestro.workers.engine import Engine
 from moestro.workers.kv_cache import KVCache
 from moestro.workers.loading import RandomSource
 from moestro.workers.model.decoder import Decoder, build_decoder
 from moestro.workers.runner import Runner
+from moestro.workers.sampling.greedy_codes import greedy_codes
+from moestro.workers.sampling.noise import gumbel_, uniform_vocab
 from moestro.workers.scheduler import Scheduler
 from moestro.workers.scheduler_config import CacheGroup, SchedulerConfig
 
@@ -72,7 +75,16 @@ class Kept:
         return logits_RV
 
 
-def make_engine(decoder: Decoder, captured: bool) -> Engine:
+def drawn(logits_RV: Tensor, temperature_R: Tensor, key_R: Tensor) -> Tensor:
+    """What a tail that draws must do, by the sampler's own noise."""
+    greedy_R = greedy_codes(logits_RV)
+    tempered_RV = (logits_RV - logits_RV.amax(1, keepdim=True)) / temperature_R[:, None]
+    noise_RV = gumbel_(uniform_vocab(key_R, logits_RV.shape[1]))
+    drawn_R = noise_RV.add_(tempered_RV).argmax(1)
+    return torch.where((temperature_R > 0) & (greedy_R >= 0), drawn_R, greedy_R)
+
+
+def make_engine(decoder: Decoder, captured: bool, tail: Tail = GREEDY) -> Engine:
     num_blocks = SEQUENCES * CONTEXT // BLOCK + 1
     config = SchedulerConfig(
         groups=tuple(CacheGroup(window, num_blocks) for window in decoder.cache_spec.windows),
@@ -83,7 +95,7 @@ def make_engine(decoder: Decoder, captured: bool) -> Engine:
     )
     cache = decoder.cache_spec.allocate(num_blocks + captured, BLOCK)
     runner = Runner(Kept(decoder), cache, CPU)
-    chosen = capture_runner(runner, decoder, SIZES, CONTEXT // BLOCK, 1, Called) if captured else runner
+    chosen = capture_runner(runner, decoder, SIZES, CONTEXT // BLOCK, 1, Called, tail) if captured else runner
     return Engine(Scheduler(config), chosen, EngineLimits(decoder.config.vocab_size, CONTEXT, 100))
 
 
@@ -114,10 +126,10 @@ class Served:
     replays: int
 
 
-def serve(decoder: Decoder, captured: bool, seed: int) -> Served:
+def serve(decoder: Decoder, captured: bool, seed: int, tail: Tail = GREEDY) -> Served:
     for bank in decoder.banks.values():
         bank.rows_L.zero_()
-    engine = make_engine(decoder, captured)
+    engine = make_engine(decoder, captured, tail)
     waiting, step, now = requests(decoder.config.vocab_size, seed), 0, 0.0
     told: dict[str, list[object]] = {}
     replays = 0
@@ -135,11 +147,12 @@ def serve(decoder: Decoder, captured: bool, seed: int) -> Served:
     return Served(told, [bank.rows_L.tolist() for bank in decoder.banks.values()], replays)
 
 
+@pytest.mark.parametrize("tail", [GREEDY, Tail(True, drawn)], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "mistral", "qwen2_moe"])
-def test_tokens_log_probabilities_and_counts_are_those_of_the_eager_runner(name):
+def test_tokens_log_probabilities_and_counts_are_those_of_the_eager_runner(name, tail):
     decoder = make_decoder(name)
     seed = 11
-    eager, captured = serve(decoder, False, seed), serve(decoder, True, seed)
+    eager, captured = serve(decoder, False, seed), serve(decoder, True, seed, tail)
     assert captured.replays > 10, "the graphs were hardly used"
     assert captured.tokens == eager.tokens, f"seed {seed}"
     assert captured.rows == eager.rows, f"seed {seed}"
@@ -197,6 +210,25 @@ def test_a_row_that_is_not_a_number_fails_alone_and_says_where():
     errors = {name: error for name, _, error in told[1] if error}
     assert set(errors) == {"bad"}
     assert "gate's scores are not numbers" in errors["bad"]
+
+
+def test_rows_that_are_drawn_are_drawn_in_the_graph():
+    """With a temperature and nothing else the graph's codes are taken; the logits would give the same."""
+    decoder = make_decoder("qwen3_moe")
+    told = []
+    for tail in (None, GREEDY, Tail(True, drawn)):
+        engine = make_engine(decoder, tail is not None, tail or GREEDY)
+        for index in range(5):
+            sampling = SamplingParams(temperature=0.7 * (index % 3), seed=2**63 + index, max_tokens=12, ignore_eos=True)
+            assert engine.add(SequenceRequest(str(index), (index + 1, 3), sampling), 0.0) is None
+        steps = []
+        while engine.has_work:
+            steps.append(step(engine))
+        told.append(steps)
+    assert told[0] == told[1] == told[2]
+    assert Tail(True, drawn).serves(SamplingParams(temperature=0.7))
+    assert not GREEDY.serves(SamplingParams(temperature=0.7))
+    assert not Tail(True, drawn).serves(SamplingParams(temperature=0.7, top_k=3))
 
 
 def test_a_layout_may_change_between_two_replays():

@@ -18,7 +18,7 @@ from torch import Tensor
 from moestro.router.assign import Layout, assign
 from moestro.router.transport import Transport
 from moestro.workers.model.decoder import Decoder
-from moestro.workers.model.moe import ExchangedMixture, ExpertBank, LocalMixture, MoeMlp
+from moestro.workers.model.moe import ExpertBank, LocalMixture, MoeMlp
 from moestro.workers.model.sharding import token_shard
 from moestro.workers.model.shared_expert import SharedExpert
 
@@ -109,14 +109,16 @@ def static_layouts(decoder: Decoder) -> dict[int, StaticLayout]:
 def padded(decoder: Decoder, layouts: dict[int, StaticLayout], live_S: Tensor) -> Decoder:
     """The same weights, for a batch of which ``live_S`` says which rows count."""
     layers = tuple(
-        replace(layer, mlp=_padded(layer.mlp, layouts[index].layout, live_S)) if index in layouts else layer
+        replace(layer, mlp=_padded(layer.mlp, layouts[index].layout, live_S))
+        if isinstance(layer.mlp, MoeMlp)
+        else layer
         for index, layer in enumerate(decoder.layers)
     )
     return replace(decoder, layers=layers)
 
 
-def _padded(mlp: Any, layout: Layout, live_S: Tensor) -> MoeMlp:
-    mixture: LocalMixture | ExchangedMixture = mlp.mixture
+def _padded(mlp: MoeMlp, layout: Layout, live_S: Tensor) -> MoeMlp:
+    mixture = mlp.mixture
     live_S = live_S[slice(*token_shard(live_S.shape[0], mlp.tp.rank, mlp.tp.size))]  # what this rank routes
     made: Any
     if isinstance(mixture, LocalMixture):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,11 +23,12 @@ from moestro.workers.captured.graph import Capture
 from moestro.workers.captured.mixture import StaticLayout, static_layouts
 from moestro.workers.captured.sizes import GraphSizes
 from moestro.workers.captured.step import CapturedStep, Outputs, capture_step
+from moestro.workers.captured.tail import GREEDY, Tail
 from moestro.workers.kv_cache import KVCache
 from moestro.workers.model.decoder import Decoder
 from moestro.workers.runner import Launched, Runner, StepResult, draw, failures
-from moestro.workers.sampling.greedy_codes import greedy_codes, token_of
-from moestro.workers.scheduler_sequence import SequenceState, StepPlan
+from moestro.workers.sampling.greedy_codes import token_of
+from moestro.workers.scheduler_sequence import StepPlan
 
 _HOST = torch.device("cpu")
 
@@ -50,6 +52,7 @@ class CapturedRunner:
         buffers: DecodeBuffers,
         outputs: Outputs,
         layouts: dict[int, StaticLayout],
+        tail: Tail,
     ) -> None:
         self.eager = eager
         self.sizes = sizes
@@ -57,6 +60,7 @@ class CapturedRunner:
         self._buffers = buffers
         self.outputs = outputs
         self._layouts = tuple(layouts.values())
+        self._tail = tail
         self._told_2R = torch.zeros_like(outputs.told_2R, device=_HOST)
         self._done: Callable[[], Callable[[], object]] = _nothing_to_wait_for
         if eager.device.type == "cuda":
@@ -86,13 +90,13 @@ class CapturedRunner:
         if num_rows is None or not is_plain(plan):
             return self.eager.launch(plan, num_tokens_N)
         batch, rows = build_batch(plan, num_tokens_N, self.cache.block_size, _HOST)
-        self._buffers.fill_(num_rows, batch)
+        self._buffers.fill_(num_rows, batch, self._tail.noise([span.sequence for span in plan.spans]))
         for layout in self._layouts:
             layout.refresh_()
         step = self._steps[num_rows]
         step.graph.replay()
         self._told_2R.copy_(self.outputs.told_2R, non_blocking=True)
-        return _Replayed(plan, rows, step, self.outputs.logits_RV, self._told_2R, self._done())
+        return _Replayed(plan, rows, step, self._tail, self.outputs.logits_RV, self._told_2R, self._done())
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +106,7 @@ class _Replayed:
     plan: StepPlan
     rows: LogitRows
     step: CapturedStep
+    tail: Tail
     logits_RV: Tensor
     told_2R: Tensor  # on the host, once ``wait`` has returned
     wait: Callable[[], object]
@@ -109,7 +114,7 @@ class _Replayed:
     @torch.inference_mode()
     def collect(self) -> StepResult:
         sequences = [span.sequence for span in self.plan.spans]
-        if all(map(_is_greedy, sequences)):
+        if all(self.tail.serves(sequence.sampling) for sequence in sequences):
             self.wait()
             codes = self.told_2R[0, : len(sequences)].tolist()
             sampled: dict[str, SampledToken] = {
@@ -123,32 +128,25 @@ class _Replayed:
         return StepResult(sampled)
 
 
-def _is_greedy(sequence: SequenceState) -> bool:
-    """Whether its next token is the largest logit's and nothing else is asked for."""
-    params = sequence.sampling
-    return (
-        params.temperature == 0
-        and params.logprobs is None
-        and not params.logit_bias
-        and not params.min_tokens
-        and params.frequency_penalty == params.presence_penalty == 0
-        and params.repetition_penalty == 1
-    )
-
-
 def _nothing_to_wait_for() -> Callable[[], object]:
     return lambda: None
 
 
 def _recorded_event() -> Callable[[], object]:
-    event = torch.cuda.Event()
+    event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
-    return event.synchronize
+    return lambda: event.synchronize()
 
 
 @torch.inference_mode()
 def capture_runner(
-    eager: Runner, decoder: Decoder, sizes: GraphSizes, num_columns: int, num_ranks: int, capture: Capture
+    eager: Runner,
+    decoder: Decoder,
+    sizes: GraphSizes,
+    num_columns: int,
+    num_ranks: int,
+    capture: Capture,
+    tail: Tail = GREEDY,
 ) -> CapturedRunner:
     """Captures a graph of every size, the largest first. ``num_columns`` blocks hold the longest context. The cache
     must have one block more than the scheduler knows of in each group (see ``spare_blocks``): padding writes there.
@@ -161,10 +159,8 @@ def capture_runner(
     steps = {}
     for num_rows in reversed(sizes.rows):
         buffers.fill_(num_rows, nobody)
-        steps[num_rows] = capture_step(
-            num_rows, decoder, cache, buffers, outputs, layouts, greedy_codes, capture, num_ranks
-        )
-    return CapturedRunner(eager, sizes, steps, buffers, outputs, layouts)
+        steps[num_rows] = capture_step(num_rows, decoder, cache, buffers, outputs, layouts, tail, capture, num_ranks)
+    return CapturedRunner(eager, sizes, steps, buffers, outputs, layouts, tail)
 
 
 def spare_blocks(decoder: Decoder, cache: KVCache) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from moestro.router.parallel import GroupShape
 from moestro.workers.captured.graph import Capture, CudaCapture
 from moestro.workers.captured.runner import capture_runner
 from moestro.workers.captured.sizes import GraphSizes, graph_sizes
+from moestro.workers.captured.tail import choose_tail
 from moestro.workers.model.decoder import Decoder
 from moestro.workers.runner import Runner, StepRunner
 
@@ -51,7 +52,9 @@ def step_runner(
     if not sizes.rows:
         return eager
     before = _reserved(eager.device)
-    runner = capture_runner(eager, decoder, sizes, num_columns, shape.world_size, capture or CudaCapture())
+    runner = capture_runner(
+        eager, decoder, sizes, num_columns, shape.world_size, capture or CudaCapture(), choose_tail(decoder)
+    )
     log.info(
         "graphs: %d of up to %d rows; %d bytes beside weights and cache, %d of them for inputs and logits",
         len(sizes.rows),
@@ -66,7 +69,7 @@ def static_bytes(sizes: GraphSizes, vocab_size: int, num_columns: int, num_group
     """Device memory of the tensors that all graphs share, known before any is captured: logits, codes, inputs. What a
     forward pass of the largest graph needs for itself comes on top, about as much as an eager step of that size."""
     rows = sizes.largest
-    return rows * (4 * vocab_size + 16 + 8 * (3 + num_groups) + 4 * (1 + num_groups * num_columns))
+    return rows * (4 * vocab_size + 16 + 8 * (4 + num_groups) + 4 * (2 + num_groups * num_columns))
 
 
 def _reserved(device: torch.device) -> int:

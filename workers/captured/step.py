@@ -1,11 +1,10 @@
-"""One graph: a whole step of decodes, from token ids to the greedy choice.
+"""One graph: a whole step of decodes, from token ids to the next ones.
 
 Legend: S rows of the graph, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +14,10 @@ from moestro.workers.captured.batch import decode_batch
 from moestro.workers.captured.buffers import DecodeBuffers
 from moestro.workers.captured.graph import Capture, Graph
 from moestro.workers.captured.mixture import StaticLayout, padded
+from moestro.workers.captured.tail import Tail
 from moestro.workers.health import StepHealth
 from moestro.workers.kv_cache import KVCache
 from moestro.workers.model.decoder import Decoder
-
-Codes = Callable[[Tensor], Tensor]
-"""Of each row of logits the smallest id of the largest, or a negative code where there is none; see the sampler."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +25,7 @@ class Outputs:
     """Shared by the graphs of every size: the first rows of each."""
 
     logits_RV: Tensor  # fp32
-    told_2R: Tensor  # int64: the greedy codes; 1 for a row whose hidden state is not a number
+    told_2R: Tensor  # int64: the tail's codes; 1 for a row whose hidden state is not a number
 
     @staticmethod
     def allocate(most_rows: int, vocab_size: int, device: torch.device) -> Outputs:
@@ -57,7 +54,7 @@ def capture_step(
     buffers: DecodeBuffers,
     outputs: Outputs,
     layouts: dict[int, StaticLayout],
-    codes: Codes,
+    tail: Tail,
     capture: Capture,
     num_ranks: int,
 ) -> CapturedStep:
@@ -71,7 +68,7 @@ def capture_step(
         health.begin()
         logits_SV = live_decoder.forward(batch, cache)
         outputs.logits_RV[:num_rows].copy_(logits_SV)
-        outputs.told_2R[0, :num_rows].copy_(codes(logits_SV))
+        outputs.told_2R[0, :num_rows].copy_(tail.codes(logits_SV, rows.temperature_S, rows.key_S))
         outputs.told_2R[1, :num_rows].copy_(health.bad_T())
 
     return CapturedStep(capture(work), health)
