@@ -7,7 +7,7 @@ walked in ``tests/gpu/test_fake_cuda.py`` (nothing waits) and checked on a devic
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from moestro.workers.architectures import parse_config
 from moestro.workers.batch import Batch
 from moestro.workers.captured.graph import Called
 from moestro.workers.captured.runner import CapturedRunner, capture_runner
+from moestro.workers.captured.setup import static_bytes, step_runner, usable_sizes, why_not_captured
 from moestro.workers.captured.sizes import GraphSizes, graph_sizes
 from moestro.workers.captured.tail import GREEDY, Tail
 from moestro.workers.engine import Engine
@@ -252,6 +253,21 @@ def test_a_layout_may_change_between_two_replays():
             bank.rows_L.zero_()
         counts.append(([step(engine) for _ in range(6)], [bank.rows_L.tolist() for bank in decoder.banks.values()]))
     assert counts[0] == counts[1]
+
+
+def test_a_model_that_cannot_be_captured_says_why_and_is_served_eagerly(caplog):
+    decoder = make_decoder("qwen3_moe")
+    assert why_not_captured(decoder) == "graphs are CUDA's, and the rank is on cpu"
+    on_cuda = replace(decoder, cache_spec=replace(decoder.cache_spec, device=torch.device("cuda")))
+    assert "how many rows each expert has" in why_not_captured(on_cuda)
+    with caplog.at_level("INFO"):
+        sizes = usable_sizes(decoder, 8, GroupShape())
+    assert "graphs: none, since graphs are CUDA's" in caplog.text
+    eager = Runner(decoder, decoder.cache_spec.allocate(2, BLOCK), CPU)
+    assert step_runner(eager, decoder, sizes, 4, GroupShape()) is eager
+    captured = step_runner(eager, decoder, SIZES, 4, GroupShape(), Called)
+    assert isinstance(captured, CapturedRunner)
+    assert captured.num_bytes == static_bytes(SIZES, decoder.config.vocab_size, 4, 1)
 
 
 def test_sizes():

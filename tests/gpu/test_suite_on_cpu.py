@@ -248,7 +248,6 @@ class Blocker:
 sys.meta_path.insert(0, Blocker())
 import benchmarks.gpu_suite.__main__, benchmarks.gpu_suite.part
 from benchmarks.gpu_suite.parts import PARTS
-from benchmarks.gpu_suite.shapes import SHAPES
 assert "torch" not in sys.modules
 for part in PARTS.values():
     part.load()

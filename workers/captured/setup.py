@@ -7,6 +7,7 @@ import logging
 import torch
 
 from moestro.kernels.grouped_experts import LoopedExperts
+from moestro.kernels.plain import PlainAttention
 from moestro.router.parallel import GroupShape
 from moestro.workers.captured.graph import Capture, CudaCapture
 from moestro.workers.captured.runner import capture_runner
@@ -28,6 +29,8 @@ def why_not_captured(decoder: Decoder) -> str:
         return f"graphs are CUDA's, and the rank is on {device.type}"
     if any(isinstance(bank.experts, LoopedExperts) for bank in decoder.banks.values()):
         return f"the {decoder.backend.name} backend reads on the host how many rows each expert has"
+    if any(isinstance(layer.attention.kernel, PlainAttention) for layer in decoder.layers):
+        return "plain attention would read as many keys as the longest context has, for every sequence"
     return ""
 
 
