@@ -60,6 +60,17 @@ class Spans:
     block_size: int
 
 
+@dataclass(frozen=True, slots=True)
+class Decodes:
+    """A step of one token a sequence, all of it on the device and of fixed shape: what a CUDA graph is captured over
+    once and replayed with other values in the same tensors."""
+
+    context_len_S: Tensor  # int32; tokens in the cache after this step, at least one
+    block_table_SB: Tensor  # int32; as wide as the longest context; what stands behind a context is never to be read
+    slot_S: Tensor  # int64; where each token's key and value are written
+    block_size: int
+
+
 Plan = TypeVar("Plan")
 
 
@@ -69,6 +80,10 @@ class PagedAttention(Protocol[Plan]):
     def plan(self, spans: Spans) -> Plan:
         """What depends on the step alone: made once for all layers that share a block table and a shape. Does not wait
         for the device."""
+
+    def plan_decodes(self, decodes: Decodes) -> Plan:
+        """``plan`` for a captured step: to be called within the capture. Nothing is read on the host, and what is
+        derived from the tensors is derived on the device, so that a replay sees their new values. The same bits."""
 
     def apply(self, qkv_TND: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, kv_NCbD: Tensor, plan: Plan) -> Tensor:
         """out_TQD = softmax(q k^T * scale) v of each token over the keys it sees.

@@ -29,7 +29,7 @@ _SMALLEST_BUCKET_BLOCKS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class _Queries:
+class QueryRun:
     """t queries of each of n sequences; every sequence's keys from ``first_key`` to ``stop_key``, counted in what was
     gathered. Keys from ``mask_from`` on need the mask."""
 
@@ -42,13 +42,13 @@ class _Queries:
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
+class SequenceGroup:
     """Sequences with about as many keys, gathered together; either many with one query or one with many."""
 
     num_sequences: int
     tiles: Tensor  # 2 * n * H * B rows of the cache seen as tiles: keys, then values
     num_keys: int
-    queries: tuple[_Queries, ...]
+    queries: tuple[QueryRun, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class AttentionPlan:
     write_block_T: Tensor
     write_offset_T: Tensor
     fresh_blocks_F: Tensor | None  # blocks this step begins to write; None when there are none
-    groups: tuple[_Group, ...]
+    groups: tuple[SequenceGroup, ...]
     tiles: AttentionTiles
 
 
@@ -82,12 +82,12 @@ class _Planner:
     window: int | None
     tiles: AttentionTiles
 
-    def group(self, rows: slice | Tensor, lengths: Sequence[int], cuts: Sequence[_Cut]) -> _Group:
+    def group(self, rows: slice | Tensor, lengths: Sequence[int], cuts: Sequence[_Cut]) -> SequenceGroup:
         """Sequences at ``rows`` of the block table, with contexts of ``lengths`` tokens."""
         begins = [self._first_key(query) for query in cuts[0].first_query_n]
         queries = tuple(self._queries(cut, begins) for cut in cuts)
         num_keys = queries[-1].stop_key
-        return _Group(len(lengths), self._gathered(rows, lengths, begins, num_keys), num_keys, queries)
+        return SequenceGroup(len(lengths), self._gathered(rows, lengths, begins, num_keys), num_keys, queries)
 
     def _first_key(self, query: int) -> int:
         """Where the keys of a query begin: at a chunk, and at a block."""
@@ -96,7 +96,7 @@ class _Planner:
         unit = lcm(self.tiles.chunk, self.block_size)
         return max(0, query - self.window + 1) // unit * unit
 
-    def _queries(self, cut: _Cut, begins: Sequence[int]) -> _Queries:
+    def _queries(self, cut: _Cut, begins: Sequence[int]) -> QueryRun:
         """Keys and queries are counted from the first key that is gathered."""
         first_n = [query - begin for query, begin in zip(cut.first_query_n, begins, strict=True)]
         first, last = min(first_n), max(first_n) + cut.per_sequence - 1
@@ -108,30 +108,42 @@ class _Planner:
             if last - self.window + 1 > first_key:
                 mask_from = first_key
         mask = self._mask(first_n, cut.per_sequence, mask_from, stop_key) if mask_from < stop_key else None
-        return _Queries(cut.rows, cut.per_sequence, first_key, stop_key, mask_from, mask)
+        return QueryRun(cut.rows, cut.per_sequence, first_key, stop_key, mask_from, mask)
 
     def _mask(self, first_n: Sequence[int], num: int, first_key: int, stop_key: int) -> Tensor:
         device = self.block_table_SB.device
-        key_L = torch.arange(first_key, stop_key, device=device)
         query_nt1 = upload(first_n, device).view(-1, 1, 1)
         if num > 1:
             query_nt1 = query_nt1 + torch.arange(num, device=device).unsqueeze(1)
-        hidden_ntL = key_L > query_nt1
-        if self.window is not None:
-            hidden_ntL |= key_L <= query_nt1 - self.window
-        return torch.where(hidden_ntL, float("-inf"), 0.0)[:, None, :, None, :]
+        return additive_mask(query_nt1, first_key, stop_key, self.window)
 
     def _gathered(self, rows: slice | Tensor, lengths: Sequence[int], begins: Sequence[int], num_keys: int) -> Tensor:
-        """Rows of the cache seen as (N * C) tiles, ordered [keys or values, sequence, head, block], flat. Behind a
-        sequence's own blocks stands block 0."""
         device, size = self.block_table_SB.device, self.block_size
         bounds = [*(begin // size for begin in begins), *(-(-length // size) for length in lengths)]
         first_n1, stop_n1 = upload(bounds, device).view(2, -1, 1).unbind()
-        column_nB = first_n1 + torch.arange(-(-num_keys // size), device=device)
-        own_nB = column_nB < stop_n1
-        block_nB = self.block_table_SB[rows].gather(1, column_nB.clamp_(max=self.block_table_SB.shape[1] - 1)) * own_nB
-        slab_2H1 = torch.arange(2 * self.num_kv_heads, device=device).view(2, 1, -1, 1)
-        return (block_nB.unsqueeze(1) * (2 * self.num_kv_heads) + slab_2H1).view(-1)
+        return gathered_tiles(self.block_table_SB[rows], first_n1, stop_n1, -(-num_keys // size), self.num_kv_heads)
+
+
+def additive_mask(query_nt1: Tensor, first_key: int, stop_key: int, window: int | None) -> Tensor:
+    """mask_n1t1L, fp32: zero for the keys from ``first_key`` to ``stop_key`` that a query sees, else minus infinity."""
+    key_L = torch.arange(first_key, stop_key, device=query_nt1.device)
+    hidden_ntL = key_L > query_nt1
+    if window is not None:
+        hidden_ntL |= key_L <= query_nt1 - window
+    return torch.where(hidden_ntL, float("-inf"), 0.0)[:, None, :, None, :]
+
+
+def gathered_tiles(
+    block_table_nB: Tensor, first_n1: Tensor, stop_n1: Tensor, num_columns: int, num_kv_heads: int
+) -> Tensor:
+    """Rows of the cache seen as (N * C) tiles, ordered [keys or values, sequence, head, block], flat: of each sequence
+    ``num_columns`` blocks from column ``first_n1`` of its table on. From column ``stop_n1`` on it is block 0."""
+    device = block_table_nB.device
+    column_nB = first_n1 + torch.arange(num_columns, device=device)
+    own_nB = column_nB < stop_n1
+    block_nB = block_table_nB.gather(1, column_nB.clamp_(max=block_table_nB.shape[1] - 1)) * own_nB
+    slab_2H1 = torch.arange(2 * num_kv_heads, device=device).view(2, 1, -1, 1)
+    return (block_nB.unsqueeze(1) * (2 * num_kv_heads) + slab_2H1).view(-1)
 
 
 def plan_attention(
@@ -234,7 +246,7 @@ def paged_attention(q_TQD: Tensor, kv_NCbD: Tensor, plan: AttentionPlan, scale: 
 
 
 def _attend(
-    q_XQD: Tensor, kv_2mLD: Tensor, queries: _Queries, num_sequences: int, tiles: AttentionTiles, scale: float
+    q_XQD: Tensor, kv_2mLD: Tensor, queries: QueryRun, num_sequences: int, tiles: AttentionTiles, scale: float
 ) -> Tensor:
     """One run of queries: X = n * t rows of tokens, m = n * H. All of it in fp32."""
     n, t, width = num_sequences, queries.per_sequence, q_XQD.shape[-1]

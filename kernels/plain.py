@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from moestro.kernels.attention_tiles import AttentionTiles, attention_tiles
-from moestro.kernels.backend import AttentionShape, HeadNorm, LayerParts, PagedAttention, Spans
+from moestro.kernels.backend import AttentionShape, Decodes, HeadNorm, LayerParts, PagedAttention, Spans
+from moestro.kernels.decode_plan import plan_decodes
 from moestro.kernels.gate import GateSpec, route
 from moestro.kernels.grouped_experts import ExpertShape, Fill, GroupedExperts, make_experts
 from moestro.kernels.linear import Linear, empty_weight, make_linear
@@ -42,6 +43,9 @@ class PlainAttention(PagedAttention[AttentionPlan]):
             window=self.shape.window,
             tiles=self.tiles,
         )
+
+    def plan_decodes(self, decodes: Decodes) -> AttentionPlan:
+        return plan_decodes(decodes, num_kv_heads=self.shape.num_kv_heads, window=self.shape.window, tiles=self.tiles)
 
     def apply(self, qkv_TND: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, kv_NCbD: Tensor, plan: AttentionPlan) -> Tensor:
         num_heads, rotary_dim = self.shape.num_heads, self.shape.rotary_dim

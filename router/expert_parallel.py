@@ -35,13 +35,14 @@ def over_group(
     *,
     node_of_rank: tuple[int, ...] | None = None,
     transport: TransportKind | None = None,
-    captured: bool = False,
+    captured_tokens: int = 0,
     two_batches_from: int | None = None,
     deep_ep_tokens: int = 0,
 ) -> ExpertParallel:
     """Experts over the ranks of ``mesh`` as ``placements`` say, by mixture layer. Without ``transport`` each dispatch
     takes the kind that suits it. ``two_batches_from`` is the number of tokens of the busiest rank from which a layer is
-    computed in two halves, ``deep_ep_tokens`` the most that a rank dispatches at once through DeepEP.
+    computed in two halves, ``deep_ep_tokens`` the most that a rank dispatches at once through DeepEP,
+    ``captured_tokens`` the number up to which any rank may have captured the step.
 
     Raises ConfigError, at the first dispatch, when the transport that was asked for cannot serve."""
     if not placements:
@@ -49,7 +50,7 @@ def over_group(
     deployment = Deployment(
         device="cuda" if mesh.device.type == "cuda" else "cpu",
         backends=frozenset({"gloo"} | ({"nccl"} if dist.is_nccl_available() else set())),
-        captured=captured,
+        captured_tokens=captured_tokens,
         deep_ep=deep_ep.is_installed(),
         deep_ep_tokens=deep_ep_tokens,
         asked_for=transport,

@@ -8,9 +8,11 @@ between prefill, decode and verification.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
+from moestro.kernels.backend import PagedAttention, Spans
 from moestro.workers.health import StepHealth
 from moestro.workers.hidden_trace import HiddenTrace
 
@@ -42,3 +44,17 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return self.query_start_S1[-1]
+
+    def plan(self, kernel: PagedAttention[Any], group: int, block_size: int) -> Any:
+        """The plan of a cache group, by the attention of its layers."""
+        tables = self.tables_G[group]
+        return kernel.plan(
+            Spans(
+                self.query_start_S1,
+                self.context_len_S,
+                self.num_decodes,
+                tables.block_table_SB,
+                tables.slot_T,
+                block_size,
+            )
+        )

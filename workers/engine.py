@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from moestro.protos.errors import InvalidRequest, Overloaded
 from moestro.protos.sequences import EngineLimits, EngineLoad, PositionTrace, SequenceDelta, SequenceRequest
-from moestro.workers.runner import Runner
+from moestro.workers.runner import Launched, StepRunner
 from moestro.workers.scheduler import Scheduler
 from moestro.workers.scheduler_sequence import StepPlan
 
@@ -16,10 +16,10 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """A scheduler that decides and a runner that computes. The step is: plan, run, apply."""
+    """A scheduler that decides and a runner that computes. The step is: plan, launch, collect."""
 
     scheduler: Scheduler
-    runner: Runner
+    runner: StepRunner
     limits: EngineLimits
 
     def add(self, request: SequenceRequest, now: float) -> str | None:
@@ -36,12 +36,20 @@ class Engine:
     def plan(self, now: float) -> StepPlan:
         return self.scheduler.plan(now)
 
-    def run(self, plan: StepPlan, num_tokens_N: tuple[int, ...], clock: Clock) -> list[SequenceDelta]:
-        """Computes a plan and applies what was drawn. Collective in a group: every rank runs its plan, an empty one
-        too, and knows how many tokens each has planned. The clock is read when the result is there."""
-        result = self.runner.run(plan, num_tokens_N)
+    def launch(self, plan: StepPlan, num_tokens_N: tuple[int, ...]) -> Launched:
+        """Starts to compute a plan. Collective in a group: every rank runs its plan, an empty one too, and knows how
+        many tokens each has planned."""
+        return self.runner.launch(plan, num_tokens_N)
+
+    def collect(self, plan: StepPlan, launched: Launched, clock: Clock) -> list[SequenceDelta]:
+        """Waits for what was launched and applies what was drawn. The clock is read when the result is there."""
+        result = launched.collect()
         deltas = self.scheduler.apply(plan, result.sampled, clock(), result.prompt_logprobs)
         return _with_traces(deltas, result.traces) if result.traces else deltas
+
+    def run(self, plan: StepPlan, num_tokens_N: tuple[int, ...], clock: Clock) -> list[SequenceDelta]:
+        """Launches and collects."""
+        return self.collect(plan, self.launch(plan, num_tokens_N), clock)
 
     def skip(self, plan: StepPlan, now: float) -> list[SequenceDelta]:
         """Applies a plan without spans without computing anything: what was cancelled is reported."""

@@ -17,6 +17,10 @@ class StepHealth:
     """Watches one forward pass. Costs a reference a layer; nothing leaves the device before ``bad_rows``."""
 
     def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Forgets what was seen, before another pass."""
         self._gates: list[tuple[int, int, Tensor]] = []
         self._x_TM: Tensor | None = None
 
@@ -33,8 +37,13 @@ class StepHealth:
         a tensor-parallel set."""
         if self._x_TM is None or math.isfinite(self._x_TM.sum().item()):
             return []  # whatever is not a number would be in the sum
-        rows: list[int] = self._x_TM.sum(-1).isnan().nonzero()[:, 0].tolist()
+        rows: list[int] = self.bad_T().nonzero()[:, 0].tolist()
         return rows
+
+    def bad_T(self) -> Tensor:
+        """Of each row whether it is one of ``bad_rows``, on the device. After a pass that computed something."""
+        assert self._x_TM is not None
+        return self._x_TM.sum(-1).isnan()
 
     def where(self, start: int, stop: int) -> str:
         """In words, where the trouble of the tokens in these rows began. From their first bad gate it spreads to every

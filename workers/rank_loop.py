@@ -17,9 +17,8 @@ from moestro.protos.experts import ExpertsReport, PlacementRequest
 from moestro.protos.gen import rank_pb2 as pb
 from moestro.protos.sequences import EngineLoad, SequenceDelta
 from moestro.workers.engine import Clock, Engine
-from moestro.workers.lockstep import Lockstep, StepAgreement
+from moestro.workers.lockstep import Lockstep
 from moestro.workers.rebalancing.group_experts import GroupExperts, NoExperts
-from moestro.workers.scheduler_sequence import StepPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +28,24 @@ class StepOutput:
     deltas: list[SequenceDelta]
     refusals: list[tuple[str, str]]  # sequence id and reason; never admitted
     load: EngineLoad
+
+
+class Outbox:
+    """What is still to be published, in order."""
+
+    def __init__(self, publish: Callable[[StepOutput], None]) -> None:
+        self._publish = publish
+        self._outputs: list[StepOutput] = []
+
+    def put(self, output: StepOutput) -> None:
+        """Keeps what says something."""
+        if output.deltas or output.refusals:
+            self._outputs.append(output)
+
+    def flush(self) -> None:
+        outputs, self._outputs = self._outputs, []
+        for output in outputs:
+            self._publish(output)
 
 
 class Inbox:
@@ -81,29 +98,37 @@ class RankLoop:
         self._lockstep.close()
 
     def run(self, publish: Callable[[StepOutput], None]) -> None:
-        """Steps until the group is asked to stop. ``publish`` is called on this thread and must not block."""
-        engine, lockstep = self._engine, self._lockstep
-        while True:
-            messages, now = lockstep.begin(self._inbox.take(), self._clock())
-            refusals = self._take_in(messages, now)
-            plan = engine.plan(now)
-            agreement = lockstep.agree(plan.num_tokens, self._experts.note())
-            if agreement.stop:
-                return
-            self._experts.turn(agreement)
-            deltas = self._run(plan, agreement, now)
-            if deltas or refusals:
-                publish(StepOutput(deltas, refusals, engine.load()))
-            if agreement.idle:
-                lockstep.sleep()
+        """Steps until the group is asked to stop. ``publish`` is called on this thread and must not block; it hears
+        of a step while the next one is computed, or at once when there is none."""
+        outbox = Outbox(publish)
+        try:
+            while self._turn(outbox):
+                pass
+        finally:
+            outbox.flush()
 
-    def _run(self, plan: StepPlan, agreement: StepAgreement, now: float) -> list[SequenceDelta]:
+    def _turn(self, outbox: Outbox) -> bool:
+        """One round. False when the group stops."""
+        engine, lockstep = self._engine, self._lockstep
+        messages, now = lockstep.begin(self._inbox.take(), self._clock())
+        refusals = self._take_in(messages, now)
+        plan = engine.plan(now)
+        agreement = lockstep.agree(plan.num_tokens, self._experts.note())
+        if agreement.stop:
+            return False
+        self._experts.turn(agreement)
         if agreement.idle:
-            return self._engine.skip(plan, now)
+            outbox.put(StepOutput(engine.skip(plan, now), refusals, engine.load()))
+            outbox.flush()
+            lockstep.sleep()
+            return True
         started_s = time.perf_counter()
-        deltas = self._engine.run(plan, agreement.tokens_per_rank, self._clock)
+        launched = engine.launch(plan, agreement.tokens_per_rank)
+        outbox.flush()  # while the device computes
+        deltas = engine.collect(plan, launched, self._clock)
         self._experts.stepped(time.perf_counter() - started_s, plan.num_tokens)
-        return deltas
+        outbox.put(StepOutput(deltas, refusals, engine.load()))
+        return True
 
     def _take_in(self, messages: list[bytes], now: float) -> list[tuple[str, str]]:
         refusals = []

@@ -22,6 +22,8 @@ from moestro.router.placement import Placement
 from moestro.router.transport import LocalTransport
 from moestro.router.transports.by_call import ByCallTransport
 from moestro.router.transports.choose import Problem, choose_transport
+from moestro.workers.captured.setup import SPARE_BLOCKS, static_bytes, step_runner, usable_sizes
+from moestro.workers.captured.sizes import graph_sizes
 from moestro.workers.checkpoint import open_checkpoint
 from moestro.workers.device import configure_torch
 from moestro.workers.engine import Engine
@@ -58,6 +60,7 @@ class RankSpec:
     max_num_tokens: int = 1024
     max_context: int = 0  # 0: the checkpoint's own
     max_waiting: int = 4096
+    graphs: int = 256  # sequences up to which a step of decodes is captured as a CUDA graph; 0: none
     experts: ExpertsSpec = field(default_factory=ExpertsSpec)
 
 
@@ -147,6 +150,7 @@ def _over_group(
         node_of_rank=topology(spec.experts, spec.shape.world_size).node_of_rank,
         transport=spec.experts.transport,
         deep_ep_tokens=spec.max_num_tokens,
+        captured_tokens=graph_sizes(_largest_graph(spec), spec.shape).largest if mesh.device.type == "cuda" else 0,
     )
     if isinstance(parallel.transport, ByCallTransport):
         largest = (spec.max_num_tokens,) * spec.shape.world_size
@@ -165,12 +169,26 @@ def device_kind(wanted: str) -> DeviceKind:
 
 
 def build_engine(spec: RankSpec, model: Decoder, device: torch.device) -> Engine:
-    """Cache, scheduler and runner around a model. Raises ConfigError when the KV pool holds no useful context."""
+    """Cache, scheduler and runner around a model. Collective in a group. Raises ConfigError when the KV pool holds no
+    useful context."""
     config = scheduler_config(spec, model.cache_spec, model.config.max_position)
-    cache = model.cache_spec.allocate([group.num_blocks for group in config.groups], spec.block_size)
+    sizes = usable_sizes(model, _largest_graph(spec), spec.shape)
+    spare = SPARE_BLOCKS if sizes.rows else 0
+    cache = model.cache_spec.allocate([group.num_blocks + spare for group in config.groups], spec.block_size)
     scheduler = Scheduler(config)
     limits = EngineLimits(model.config.vocab_size, scheduler.context_limit, spec.max_waiting)
-    return Engine(scheduler, Runner(model, cache, device), limits)
+    num_columns = -(-scheduler.context_limit // spec.block_size)
+    log.info(
+        "memory of the device: %d bytes of cache, %d for the inputs and outputs of graphs",
+        cache.num_bytes,
+        static_bytes(sizes, model.config.vocab_size, num_columns, model.cache_spec.num_groups),
+    )
+    runner = step_runner(Runner(model, cache, device), model, sizes, num_columns, spec.shape)
+    return Engine(scheduler, runner, limits)
+
+
+def _largest_graph(spec: RankSpec) -> int:
+    return min(spec.graphs, spec.max_num_sequences)
 
 
 def scheduler_config(spec: RankSpec, cache: CacheSpec, model_context: int) -> SchedulerConfig:

@@ -6,7 +6,9 @@ Legend: N ranks of the group, R rows of logits, V vocabulary.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from moestro.protos.sequences import PositionTrace, SampledToken, TokenLogprobs
 from moestro.workers.batch import Batch
 from moestro.workers.batching import LogitRows, build_batch
+from moestro.workers.health import StepHealth
 from moestro.workers.hidden_trace import HiddenTrace
 from moestro.workers.kv_cache import KVCache
 from moestro.workers.sampling.logprobs import prompt_logprobs
@@ -39,6 +42,24 @@ class StepResult:
     traces: dict[str, tuple[PositionTrace, ...]] = field(default_factory=dict)
 
 
+class Launched(Protocol):
+    """A step that was launched."""
+
+    def collect(self) -> StepResult:
+        """What came of it, once. Waits for the device."""
+
+
+class StepRunner(Protocol):
+    """What the engine needs: a step in two halves, between which the host is free while a device works."""
+
+    @property
+    def cache(self) -> KVCache: ...
+
+    def launch(self, plan: StepPlan, num_tokens_N: tuple[int, ...]) -> Launched:
+        """Starts to compute a plan. ``num_tokens_N`` is what every rank of the group has planned for this step. One
+        step is under way at a time: it is collected before the next is launched."""
+
+
 @dataclass(frozen=True, slots=True)
 class Runner:
     """Model and cache of one rank. Holds no sequence state: a plan carries all it needs."""
@@ -47,17 +68,45 @@ class Runner:
     cache: KVCache
     device: torch.device
 
-    @torch.inference_mode()
+    def launch(self, plan: StepPlan, num_tokens_N: tuple[int, ...]) -> Launched:
+        # On a CPU nobody but the host computes: it begins when it is asked for the result.
+        return (_Deferred if self.device.type == "cpu" else _Forwarded)(self, plan, num_tokens_N)
+
     def run(self, plan: StepPlan, num_tokens_N: tuple[int, ...]) -> StepResult:
-        """Computes a plan. ``num_tokens_N`` is what every rank of the group has planned for this step."""
-        batch, rows = build_batch(plan, num_tokens_N, self.cache.block_size, self.device)
-        logits_RV = self.model.forward(batch, self.cache)
-        sampled = _draw(logits_RV, rows)
-        sampled.update(_failures(plan, batch))
-        return StepResult(sampled, _prompt_logprobs(logits_RV, rows), _traces(plan, batch.trace))
+        """Launches and collects."""
+        return self.launch(plan, num_tokens_N).collect()
 
 
-def _draw(logits_RV: Tensor, rows: LogitRows) -> dict[str, SampledToken]:
+@dataclass(frozen=True, slots=True)
+class _Deferred:
+    runner: Runner
+    plan: StepPlan
+    num_tokens_N: tuple[int, ...]
+
+    def collect(self) -> StepResult:
+        return _Forwarded(self.runner, self.plan, self.num_tokens_N).collect()
+
+
+class _Forwarded:
+    """The forward pass is launched; what is drawn waits for its logits."""
+
+    @torch.inference_mode()
+    def __init__(self, runner: Runner, plan: StepPlan, num_tokens_N: tuple[int, ...]) -> None:
+        self._plan = plan
+        self._batch, self._rows = build_batch(plan, num_tokens_N, runner.cache.block_size, runner.device)
+        self._logits_RV = runner.model.forward(self._batch, runner.cache)
+
+    @torch.inference_mode()
+    def collect(self) -> StepResult:
+        sampled = draw(self._logits_RV, self._rows)
+        sampled.update(failures(self._plan, self._batch.health.bad_rows(), self._batch.health))
+        return StepResult(
+            sampled, _prompt_logprobs(self._logits_RV, self._rows), _traces(self._plan, self._batch.trace)
+        )
+
+
+def draw(logits_RV: Tensor, rows: LogitRows) -> dict[str, SampledToken]:
+    """The next token of every sequence that samples, from the first rows of the logits. Waits for the device."""
     special = {
         row: SamplingRow(s.sampling, s.token_ids, s.num_prompt, len(s.token_ids))
         for row, s in enumerate(rows.samples)
@@ -67,14 +116,14 @@ def _draw(logits_RV: Tensor, rows: LogitRows) -> dict[str, SampledToken]:
     return dict(zip([s.sequence_id for s in rows.samples], tokens_R, strict=True))
 
 
-def _failures(plan: StepPlan, batch: Batch) -> dict[str, SampledToken]:
+def failures(plan: StepPlan, bad_rows: Sequence[int], health: StepHealth) -> dict[str, SampledToken]:
     """The sequences with a hidden state that is not a number, whether they sample in this step or not."""
-    starts = batch.query_start_S1
-    spans = {bisect_right(starts, row) - 1 for row in batch.health.bad_rows()}
+    if not bad_rows:
+        return {}
+    starts = list(accumulate((span.length for span in plan.spans), initial=0))
+    spans = {bisect_right(starts, row) - 1 for row in bad_rows}
     return {
-        plan.spans[s].sequence.sequence_id: SampledToken(
-            NOTHING_DRAWN, error=batch.health.where(starts[s], starts[s + 1])
-        )
+        plan.spans[s].sequence.sequence_id: SampledToken(NOTHING_DRAWN, error=health.where(starts[s], starts[s + 1]))
         for s in sorted(spans)
     }
 

@@ -39,8 +39,8 @@ def main(
     unknown = [name for name in names if name not in PARTS]
     if unknown or not names:
         raise typer.BadParameter(f"parts must be of {', '.join(PARTS)}, not {', '.join(unknown) or 'none'}")
-    if device is Device.cpu and not small and "speed" in names:
-        raise typer.BadParameter("speed on a cpu needs --small: the whole model has 30 billion parameters")
+    if device is Device.cpu and not small and any(name.startswith(("speed", "layers")) for name in names):
+        raise typer.BadParameter("speed and layers on a cpu need --small: the whole model has 30 billion parameters")
     hardware = hardware_record()
     head = {"hardware": hardware, "commit": commit or hardware["commit"], "budget_s": budget, "isolated": isolate}
     console = Console()

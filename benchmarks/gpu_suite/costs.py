@@ -37,16 +37,19 @@ def step_cost(
     distinct_experts: float | None = None,
     itemsize: int = 2,
 ) -> StepCost:
-    """One step of ``num_tokens`` tokens. ``context_tokens`` are read from the cache, over all sequences; attention's
-    own arithmetic is not counted. ``distinct_experts`` per layer; None: the expectation under uniform routing."""
-    weights = flop_per_token = cache_per_token = 0.0
+    """One step of ``num_tokens`` tokens. ``context_tokens`` are read from the cache, over all sequences (by a layer
+    with a window at most that much of each of ``num_tokens`` decoding ones); attention's own arithmetic is not counted.
+    ``distinct_experts`` per layer; None: the expectation under uniform routing."""
+    weights = flop_per_token = cache = 0.0
     for layer in config.layers:
         read, used = _layer_weights(config, layer, num_tokens, distinct_experts)
         weights += read
         flop_per_token += 2 * used
-        cache_per_token += 2 * layer.attention.num_kv_heads * layer.attention.head_dim
+        per_token, window = 2 * layer.attention.num_kv_heads * layer.attention.head_dim, layer.attention.window
+        seen = context_tokens if window is None else min(context_tokens, window * num_tokens)
+        cache += per_token * (seen + num_tokens)
     head = config.vocab_size * config.hidden_size
-    numbers = weights + head + num_tokens * config.hidden_size + cache_per_token * (context_tokens + num_tokens)
+    numbers = weights + head + num_tokens * config.hidden_size + cache
     return StepCost(numbers * itemsize, num_tokens * flop_per_token + 2.0 * logit_rows * head)
 
 

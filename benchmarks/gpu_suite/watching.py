@@ -10,66 +10,42 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from benchmarks.gpu_suite.engines import eager_of
 from torch import Tensor
 
-from moestro.workers.batch import Batch
 from moestro.workers.engine import Engine
-from moestro.workers.kv_cache import KVCache
 from moestro.workers.model.decoder import Decoder
 from moestro.workers.model.moe import ExpertBank, LocalMixture, MoeMlp
-from moestro.workers.runner import Model
 
 Values = dict[str, Any]
 
 
-@dataclass(slots=True)
-class ForwardClock:
-    """A model that notes when the host entered and left its forward pass, and how long the device took for it."""
-
-    model: Model
-    entered_s: float = 0.0
-    left_s: float = 0.0
-    _events: tuple[Any, Any] | None = None
-
-    def forward(self, batch: Batch, cache: KVCache) -> Tensor:
-        on_cuda = batch.token_ids_T.is_cuda
-        self._events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) if on_cuda else None
-        self.entered_s = time.perf_counter()
-        if self._events:
-            self._events[0].record()
-        logits_RV = self.model.forward(batch, cache)
-        if self._events:
-            self._events[1].record()
-        self.left_s = time.perf_counter()
-        return logits_RV
-
-    def device_s(self) -> float | None:
-        """From the first kernel of the forward pass to its last, gaps included. None without CUDA."""
-        if self._events is None:
-            return None
-        self._events[1].synchronize()
-        return float(self._events[0].elapsed_time(self._events[1])) / 1e3
-
-
-def timed_step(engine: Engine, clock: ForwardClock) -> dict[str, float]:
-    """One step of an engine whose model is ``clock``, split into the parts of the host's time (seconds)."""
+def timed_step(engine: Engine) -> dict[str, float]:
+    """One step, split into the parts of the host's time (seconds) and, on CUDA, the device's from the first kernel of
+    the step to its last, gaps included. Where ``host_launch_s`` is as long as the device's, the host is the bound."""
+    on_cuda = eager_of(engine).device.type == "cuda"
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_cuda else []
     start = time.perf_counter()
     plan = engine.plan(start)
     planned = time.perf_counter()
-    result = engine.runner.run(plan, (plan.num_tokens,))
-    computed = time.perf_counter()
-    engine.scheduler.apply(plan, result.sampled, computed, result.prompt_logprobs)
+    if events:
+        events[0].record()
+    launched = engine.launch(plan, (plan.num_tokens,))
+    if events:
+        events[1].record()
+    left = time.perf_counter()
+    result = launched.collect()
+    collected = time.perf_counter()
+    engine.scheduler.apply(plan, result.sampled, collected, result.prompt_logprobs)
     end = time.perf_counter()
     split = {
         "step_s": end - start,
         "host_plan_s": planned - start,
-        "host_build_batch_s": clock.entered_s - planned,
-        "host_launch_forward_s": clock.left_s - clock.entered_s,
-        "host_sample_and_wait_s": computed - clock.left_s,
-        "host_apply_s": end - computed,
+        "host_launch_s": left - planned,
+        "host_collect_s": collected - left,
+        "host_apply_s": end - collected,
     }
-    device_s = clock.device_s()
-    return split if device_s is None else split | {"device_forward_s": device_s}
+    return split | {"device_s": events[0].elapsed_time(events[1]) / 1e3} if events else split
 
 
 @dataclass(frozen=True, slots=True)

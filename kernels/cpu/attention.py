@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moestro.kernels.backend import AttentionShape, HeadNorm, PagedAttention, Spans
+from moestro.kernels.backend import AttentionShape, Decodes, HeadNorm, PagedAttention, Spans
 from moestro.kernels.cpu.build import load
 
 
@@ -32,6 +32,12 @@ class CpuAttention(PagedAttention[Any]):
             spans.slot_T,
             spans.block_size,
         )
+
+    def plan_decodes(self, decodes: Decodes) -> Any:
+        """Nothing captures a step on a CPU, where the host may read what it likes."""
+        lengths = decodes.context_len_S.tolist()
+        starts, table = range(len(lengths) + 1), decodes.block_table_SB
+        return self.plan(Spans(starts, lengths, len(lengths), table, decodes.slot_S, decodes.block_size))
 
     def apply(self, qkv_TND: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, kv_NCbD: Tensor, plan: Any) -> Tensor:
         """Leaves the queries as they were multiplied in ``qkv_TND``."""

@@ -55,7 +55,7 @@ class Deployment:
 
     device: Literal["cpu", "cuda"] = "cpu"
     backends: frozenset[str] = frozenset({"gloo"})  # process groups that can be had: gloo, nccl
-    captured: bool = False  # the step is captured as a CUDA graph: nothing may wait for the device
+    captured_tokens: int = 0  # of the busiest rank, up to which any rank may have captured the step as a CUDA graph
     deep_ep: bool = False  # installed
     deep_ep_tokens: int = 0  # of a rank in one dispatch, that its buffer is made for
     asked_for: TransportKind | None = None
@@ -109,21 +109,29 @@ def _wishes(problem: Problem, deployment: Deployment) -> dict[TransportKind, _Wi
     superfluous, worth = round(problem.superfluous_bytes), _EXCHANGE_BYTES[deployment.device]
     small = superfluous <= worth
     figures = f"a gather brings a rank some {superfluous} bytes too many, an exchange of counts is worth {worth}"
-    captured = "the step is captured" if deployment.captured else "the step is not captured: padding would buy nothing"
+    is_captured = may_be_captured(problem.num_tokens_N, deployment)
+    captured = "the step may be captured" if is_captured else "the step is not captured: padding would buy nothing"
     return {
         "local": _Wish(True, "one rank holds every slot"),
         "gather_scatter": _Wish(small, figures),
         "all_to_all": _Wish(not small, figures),
-        "fixed_capacity": _Wish(deployment.captured, captured),
+        "fixed_capacity": _Wish(is_captured, captured),
         "deep_ep": _Wish(False, "it is untested here and taken only when asked for"),
     }
 
 
+def may_be_captured(num_tokens_N: tuple[int, ...], deployment: Deployment) -> bool:
+    """Whether some rank may replay a graph in a step of so many tokens. No rank knows of another whether it does, so
+    all make the collectives of the graph: nothing may wait for the device, and sizes follow from the bucket alone."""
+    return 0 < max(num_tokens_N) <= deployment.captured_tokens
+
+
 def num_parts(num_tokens_N: tuple[int, ...], deployment: Deployment) -> int:
     """Two-batch overlap (DeepSeek-V3's two micro-batches, here within one layer): 2 where the busiest rank has tokens
-    enough, else 1. DeepEP has buffers for one dispatch at a time."""
+    enough, else 1. DeepEP has buffers for one dispatch at a time, and the halves of a bucket are other buckets than the
+    halves of its tokens."""
     least = deployment.two_batches_from
-    if least is None or deployment.asked_for == "deep_ep":
+    if least is None or deployment.asked_for == "deep_ep" or may_be_captured(num_tokens_N, deployment):
         return 1
     return 2 if max(num_tokens_N) >= max(least, 2) else 1
 
@@ -135,7 +143,7 @@ def _no_group(problem: Problem, deployment: Deployment) -> str:
 
 def _waits(problem: Problem, deployment: Deployment) -> str:
     waits = "it reads sizes back from the device, which a captured step must not"
-    return waits if deployment.captured else _no_group(problem, deployment)
+    return waits if may_be_captured(problem.num_tokens_N, deployment) else _no_group(problem, deployment)
 
 
 def _not_local(problem: Problem, deployment: Deployment) -> str:

@@ -37,7 +37,10 @@ class FixedHandle:
 
 @dataclass(frozen=True, slots=True)
 class FixedCapacityTransport(Transport[FixedHandle]):
-    """Two collectives a layer of fixed, equal sizes."""
+    """Two collectives a layer of fixed, equal sizes.
+
+    A token that names slot -1 is padding of the batch: it is sent to nobody, and what comes home for it is the result
+    of another row."""
 
     world: Collectives
     capacity: int  # slots of a rank
@@ -55,7 +58,7 @@ class FixedCapacityTransport(Transport[FixedHandle]):
         wires = self.world.start_gather_rows(wire_BW, (bucket,) * size)
         dest_TK = slots_TK // capacity
         token_T1 = torch.arange(num_tokens, device=x_TD.device).unsqueeze(1)
-        position_TK = (dest_TK * bucket + token_T1) * per_token + _place(dest_TK)
+        position_TK = ((dest_TK * bucket + token_T1) * per_token + _place(dest_TK)).clamp_(min=0)
 
         def arrived() -> tuple[Dispatched, FixedHandle]:
             x_MD, slots_MK = unpack(wires(), x_TD.shape[1])

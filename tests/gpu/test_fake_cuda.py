@@ -36,9 +36,13 @@ from moestro.router.transports.fixed_capacity import FixedCapacityTransport, buc
 from moestro.router.transports.gather_scatter import GatherScatterTransport
 from moestro.workers.architectures import parse_config
 from moestro.workers.batching import build_batch
+from moestro.workers.captured.graph import Called
+from moestro.workers.captured.runner import capture_runner
+from moestro.workers.captured.sizes import GraphSizes
 from moestro.workers.loading import Need
 from moestro.workers.model.decoder import Decoder, build_decoder
 from moestro.workers.model.moe import MoeMlp
+from moestro.workers.runner import Runner
 from moestro.workers.scheduler_sequence import SequenceState, Span, StepPlan
 
 DEVICE = torch.device("meta")
@@ -120,6 +124,23 @@ def test_a_step_never_waits_and_stays_on_the_device(fake, name, step):
     assert logits.device == DEVICE
     assert logits.dtype == torch.float32
     assert logits.shape == (sum(start + length == known for start, length, known in STEPS[step]), 101)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_captured_step_never_waits_and_its_shapes_are_the_graphs_own(fake, name):
+    """All that a graph holds and all that happens between two replays, for two sizes and a step of three decodes."""
+    decoder = decoder_on_fake_cuda(name)
+    cache = decoder.cache_spec.allocate(65, 8)
+    eager = Runner(decoder, cache, DEVICE)
+    fake.built()
+    runner = capture_runner(eager, decoder, GraphSizes((1, 4)), 16, 1, Called)
+    plan = plan_of(decoder.cache_spec.num_groups, STEPS["decodes of many lengths"])
+    launched = runner.launch(plan, (3,))
+    assert not isinstance(launched, type(eager.launch(plan, (3,))))
+    assert runner.outputs.logits_RV.shape == (4, 101)
+    assert runner.outputs.logits_RV.device == DEVICE
+    with pytest.raises(DataDependentOutputException):
+        launched.collect()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -14,6 +14,7 @@ from benchmarks.gpu_suite.checks import Check, Settings, Unmet, attempt, on_cuda
 from benchmarks.gpu_suite.costs import expected_distinct, step_cost
 from benchmarks.gpu_suite.driver import Outcome, in_process_of_its_own, in_this_process, run_suite
 from benchmarks.gpu_suite.parts import PARTS
+from benchmarks.gpu_suite.shapes import SHAPES
 from benchmarks.small_models import make_model, save_model
 from typer.testing import CliRunner
 
@@ -40,7 +41,7 @@ def run(tmp_path, names, run_part, budget_s=60.0):
 
 
 def test_every_part_passes_on_the_cpu(tmp_path):
-    passed, record = run(tmp_path, list(PARTS), in_this_process)
+    passed, record = run(tmp_path, list(PARTS), in_this_process, budget_s=280.0)
     assert passed, [part["reason"] for part in record["parts"]]
     assert record["status"] == "passed"
     assert record["commit"] == "abc"
@@ -55,8 +56,22 @@ def test_every_part_passes_on_the_cpu(tmp_path):
     omitted = [name for part in checks.values() for name, check in part.items() if check["status"] == "omitted"]
     assert omitted == [
         "qwen3_moe bf16: waits for the device",
+        "sampling kernel",
+        "ordered sum",
+        "peer vllm",
+        *(f"decode batch {batch}: kernels" for batch in speed.SMALL_WINDOWS.batches),
+        *(f"decode batch {batch}: kernels" for batch in speed.SMALL.batches),
         *(f"decode batch {batch}: kernels" for batch in speed.SMALL.batches),
     ]
+    assert checks["layers"]["experts, 3 tokens"]["values"]["times_faster_than"].keys() == {
+        "torch._grouped_mm",
+        "transformers",
+    }
+    for name in speed.SMALL.batches:
+        assert checks["speed"][f"decode batch {name}"]["values"]["energy"]["not_measured"]
+    assert checks["speed"]["decode batch 3, skewed"]["values"]["distinct_experts_seen"]["mean"] <= 6
+    mixed = checks["speed"]["mixed load, 24 in and 24 out, 3 at a time"]["values"]
+    assert mixed["ended"] > 0
     decode = checks["speed"]["decode batch 3"]["values"]
     assert decode["rounds"] == speed.SMALL.rounds
     assert decode["tokens_per_s"]["min"] <= decode["tokens_per_s"]["median"] <= decode["tokens_per_s"]["max"]
@@ -193,8 +208,17 @@ def test_the_measured_model_has_the_size_of_its_name():
     assert one.flop / 2 + embedding == pytest.approx(3.3e9, rel=0.03)
 
 
+def test_a_layer_with_a_window_reads_no_more_than_it():
+    shape = SHAPES["gpt-oss-20b"]
+    whole, windowed = parse_config(shape.raw), shape.config
+    assert windowed.windows == (128, None)
+    costs = [step_cost(c, num_tokens=4, context_tokens=4 * 1024, logit_rows=4) for c in (whole, windowed)]
+    saved = 12 * 2 * 8 * 64 * 2 * 4 * (1024 - 128)
+    assert costs[0].num_bytes - costs[1].num_bytes == saved
+
+
 def test_a_measured_batch_fits_its_context():
-    for plan in (speed.FULL, speed.SMALL):
+    for plan in (speed.FULL, speed.SMALL, speed.MIXTRAL, speed.GPT_OSS, speed.SMALL_WINDOWS):
         ahead = -(-max(plan.batches) * plan.prompt_tokens // (plan.max_num_tokens - max(plan.batches))) + 1
         steps = plan.warm_up_steps + plan.rounds * plan.steps_per_round + 1 + plan.split_steps + 2
         assert plan.prompt_tokens + ahead + steps < plan.max_context

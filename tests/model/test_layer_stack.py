@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks.small_models import make_model, random_ids, save_model
+from tests.model.oracle import Driver
 
 from moestro.kernels.cpu.build import unavailable_reason
 from moestro.workers.loading import load_model
 from moestro.workers.model.layer_stack import FusedStack, LoopedStack
-from tests.model.oracle import Driver
 
 needs_kernels = pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason()))
 WINDOWED = {"sliding_window": 6}

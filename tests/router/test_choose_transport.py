@@ -27,7 +27,8 @@ FITS_DEEP_EP = Problem((1, 64), 4, 4096, torch.bfloat16, 8)
         (SMALL, GLOO, "gather_scatter", "a gather brings a rank some 20736 bytes too many"),
         (LARGE, GLOO, "all_to_all", "a gather brings a rank some 5308416 bytes too many"),
         (replace(SMALL, num_tokens_N=(0, 0)), GLOO, "gather_scatter", "some 0 bytes"),
-        (SMALL, replace(NCCL, captured=True), "fixed_capacity", "the step is captured"),
+        (SMALL, replace(NCCL, captured_tokens=16), "fixed_capacity", "the step may be captured"),
+        (SMALL, replace(NCCL, captured_tokens=15), "gather_scatter", "an exchange of counts is worth"),
         (LARGE, replace(GLOO, asked_for="gather_scatter"), "gather_scatter", "it was asked for"),
         (FITS_DEEP_EP, WITH_DEEP_EP, "deep_ep", "it was asked for"),
         (FITS_DEEP_EP, replace(WITH_DEEP_EP, asked_for=None), "gather_scatter", "an exchange of counts is worth"),
@@ -50,8 +51,8 @@ def test_what_is_taken_and_why(problem: Problem, deployment: Deployment, kind: s
         (replace(FITS_DEEP_EP, width=512), WITH_DEEP_EP, "it serves model widths 2048, .*, not 512"),
         (replace(FITS_DEEP_EP, num_tokens_N=(1, 65)), WITH_DEEP_EP, "its buffer holds 64 tokens a rank, not 65"),
         (replace(FITS_DEEP_EP, top_k=8), WITH_DEEP_EP, "its queues hold 508 rows a rank, not 512"),
-        (SMALL, replace(NCCL, captured=True, asked_for="all_to_all"), "it reads sizes back from the device"),
-        (SMALL, replace(NCCL, captured=True, asked_for="gather_scatter"), "it reads sizes back from the device"),
+        (SMALL, replace(NCCL, captured_tokens=16, asked_for="all_to_all"), "it reads sizes back from the device"),
+        (SMALL, replace(NCCL, captured_tokens=16, asked_for="gather_scatter"), "it reads sizes back from the device"),
         (SMALL, replace(GLOO, device="cuda", asked_for="all_to_all"), "a group on cuda needs nccl, which is missing"),
     ],
 )
@@ -80,7 +81,7 @@ DEPLOYMENTS = st.builds(
     Deployment,
     st.sampled_from(("cpu", "cuda")),
     st.sampled_from((frozenset({"gloo"}), frozenset({"gloo", "nccl"}))),
-    st.booleans(),
+    st.integers(0, 200),
     st.booleans(),
     st.integers(0, 200),
     st.sampled_from((None, *KINDS)),
@@ -97,7 +98,8 @@ def test_every_choice_is_explained_and_replaces_nothing_asked_for(problem: Probl
     assert {choice.kind, *choice.others} == set(KINDS)
     reasons = [choice.reason, *choice.others.values()]
     assert all(reason and "\n" not in reason for reason in reasons)
-    assert not (deployment.captured and choice.kind in ("all_to_all", "gather_scatter"))
+    is_captured = 0 < max(problem.num_tokens_N) <= deployment.captured_tokens
+    assert not (is_captured and choice.kind in ("all_to_all", "gather_scatter"))
 
 
 @given(PROBLEMS, st.integers(0, 5000))

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moestro.kernels.backend import Spans
 from moestro.kernels.rms_norm import rms_norm
 from moestro.router.expert_parallel import ExpertParallel
 from moestro.router.parallel import TensorParallel
@@ -74,19 +73,7 @@ class Decoder:
     def _plan(self, batch: Batch, cache: KVCache) -> list[Any]:
         """One plan per group, made by the group's first layer: the layers of a group have the same attention."""
         first_G = {layer.group: layer.attention for layer in reversed(self.layers)}
-        return [
-            first_G[group].kernel.plan(
-                Spans(
-                    batch.query_start_S1,
-                    batch.context_len_S,
-                    batch.num_decodes,
-                    tables.block_table_SB,
-                    tables.slot_T,
-                    cache.block_size,
-                )
-            )
-            for group, tables in enumerate(batch.tables_G)
-        ]
+        return [batch.plan(first_G[group].kernel, group, cache.block_size) for group in range(len(batch.tables_G))]
 
     def _step_along(self, batch: Batch) -> Tensor:
         """Takes part in the collectives of the expert-parallel group and in nothing else."""

@@ -169,3 +169,8 @@ def _with_logprobs(logits_RV: Tensor, code_R: Tensor, asking: Mapping[int, int])
 
 def _failed(code: int) -> SampledToken:
     return SampledToken(NOTHING_DRAWN, error=_ERRORS[code])
+
+
+def error_of(code: int) -> str:
+    """What a negative code says, in words."""
+    return _ERRORS[code]
