@@ -7,6 +7,7 @@ import os
 
 import numpy as np
 import pytest
+import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
@@ -22,14 +23,14 @@ def matrix_instruction(self, a, b, d, input_precision, max_num_imprecise_acc):
     import triton.language as tl
     from triton.runtime.interpreter import TensorHandle
 
-    left, right = _as_doubles(a), _as_doubles(b)
     group = 256 // a.dtype.primitive_bitwidth  # products of one instruction
+    left, right = _as_doubles(a), _as_doubles(b)
+    assert left.shape[1] % group == 0
+    # A sum of so few exact products in fp64 has the same fp32 whatever its order.
+    left_GOK = left.reshape(len(left), -1, group).swapaxes(0, 1)
     acc = d.data.astype(np.float32)
-    for start in range(0, left.shape[-1], group):
-        total = np.zeros(acc.shape)
-        for k in range(start, min(start + group, left.shape[-1])):
-            total += left[:, k, None] * right[None, k, :]
-        acc = (acc + total).astype(np.float32)
+    for sum_ON in left_GOK @ right.reshape(-1, group, right.shape[1]):
+        acc = (acc + sum_ON).astype(np.float32)
     return TensorHandle(acc, tl.float32)
 
 
@@ -45,13 +46,30 @@ def _as_doubles(handle):
     return handle.data.astype(np.float64)
 
 
+def round_to_nearest(cast):
+    """The interpreter cuts numbers off where bf16 or e4m3 ends; a GPU rounds."""
+
+    def cast_rounding(self, src, dst_type, *mode):
+        import triton.language as tl
+
+        to = {tl.bfloat16: (torch.bfloat16, torch.uint16), tl.float8e4nv: (torch.float8_e4m3fn, torch.uint8)}
+        if src.dtype.scalar != tl.float32 or dst_type.scalar not in to:
+            return cast(self, src, dst_type, *mode)
+        dtype, bits = to[dst_type.scalar]
+        rounded = torch.from_numpy(np.array(src.data)).to(dtype).view(bits).numpy()
+        return type(src)(rounded.reshape(src.data.shape), dst_type.scalar)
+
+    return cast_rounding
+
+
 if INTERPRETED:
 
     @pytest.fixture(autouse=True, scope="session")
-    def _hopper_dot():
+    def _like_hopper():
         from triton.runtime.interpreter import InterpreterBuilder
 
-        saved = InterpreterBuilder.create_dot
-        InterpreterBuilder.create_dot = matrix_instruction
-        yield
-        InterpreterBuilder.create_dot = saved
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(InterpreterBuilder, "create_dot", matrix_instruction)
+            for name in ("cast_impl", "create_fp_to_fp"):
+                patch.setattr(InterpreterBuilder, name, round_to_nearest(getattr(InterpreterBuilder, name)))
+            yield
