@@ -60,6 +60,17 @@ class Spans:
     block_size: int
 
 
+@dataclass(frozen=True, slots=True)
+class Decodes:
+    """A step of one token a sequence, all of it on the device and of fixed shape: what a CUDA graph is captured over
+    once and replayed with other values in the same tensors."""
+
+    context_len_S: Tensor  # int32; tokens in the cache after this step, at least one
+    block_table_SB: Tensor  # int32; as wide as the longest context; what stands behind a context is never to be read
+    slot_S: Tensor  # int64; where each token's key and value are written
+    block_size: int
+
+
 Plan = TypeVar("Plan")
 
 

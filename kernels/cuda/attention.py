@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moestro.kernels.backend import AttentionShape, HeadNorm, PagedAttention, Spans
-from moestro.kernels.cuda.attention_plan import CudaPlan, count_segments, decode_buffers, make_plan
-from moestro.kernels.cuda.paged_attention import ROWS, attend_, attention_tile
+from moestro.kernels.backend import AttentionShape, Decodes, HeadNorm, PagedAttention, Spans
+from moestro.kernels.cuda.attention_plan import CudaPlan, make_plan, plan_decodes
+from moestro.kernels.cuda.paged_attention import ROWS, AttentionTile, attend_, attention_tile
 from moestro.kernels.cuda.rotate_write import rotate_write_
 
 
@@ -24,20 +24,18 @@ class CudaAttention(PagedAttention[CudaPlan]):
 
     shape: AttentionShape
     norm: HeadNorm | None
+    tile: AttentionTile
     sinks_Q: Tensor | None = None
     kv_scale_C: Tensor | None = None
 
     def plan(self, spans: Spans) -> CudaPlan:
-        return make_plan(spans, queries=self._queries, segment=self._segment, window=self.shape.window)
+        queries = ROWS // (self.shape.num_heads // self.shape.num_kv_heads)
+        return make_plan(spans, queries=queries, segment=self.tile.segment, window=self.shape.window)
 
-    def static_plan(self, num_sequences: int, max_context: int, block_size: int) -> CudaPlan:
-        """An empty step of decodes to be captured: every replay computes what was last copied into it (``copy_``). Its
-        memory and its launches are of this size whatever is copied."""
-        longest = count_segments(max_context - 1, max_context - 1, self._segment, self.shape.window)
-        # A window may begin at the end of a segment.
-        segments = longest if self.shape.window is None else (self.shape.window - 2) // self._segment + 2
-        columns = -(-max_context // block_size)
-        return decode_buffers(num_sequences, columns, min(segments, -(-max_context // self._segment)), self.shape.device)
+    def plan_decodes(self, decodes: Decodes) -> CudaPlan:
+        """``plan`` by operations on the device alone, to be captured with the step. A sequence with a context of 0 is
+        padding, and so is one with a slot below 0 (which writes nothing)."""
+        return plan_decodes(decodes, segment=self.tile.segment, window=self.shape.window)
 
     def apply(self, qkv_TND: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, kv_NCbD: Tensor, plan: CudaPlan) -> Tensor:
         num_heads = self.shape.num_heads
@@ -51,6 +49,7 @@ class CudaAttention(PagedAttention[CudaPlan]):
                 kv_NCbD,
                 plan.block_table_SB,
                 work,
+                self.tile,
                 window=self.shape.window,
                 scale=self.shape.scale,
                 sinks_Q=self.sinks_Q,
@@ -58,20 +57,10 @@ class CudaAttention(PagedAttention[CudaPlan]):
             )
         return out_TQD
 
-    @property
-    def _queries(self) -> int:
-        """Of a query block."""
-        return ROWS // (self.shape.num_heads // self.shape.num_kv_heads)
-
-    @property
-    def _segment(self) -> int:
-        return attention_tile(self.shape.head_dim).segment
-
 
 def make_attention(shape: AttentionShape, norm: HeadNorm | None) -> CudaAttention:
     """Raises ValueError for a shape that these kernels do not compute."""
     group = shape.num_heads // shape.num_kv_heads
     if group > ROWS:
         raise ValueError(f"at most {ROWS} query heads may share a key/value head, not {group}")
-    attention_tile(shape.head_dim)
-    return CudaAttention(shape, norm)
+    return CudaAttention(shape, norm, attention_tile(shape.head_dim))

@@ -39,9 +39,10 @@ def first_seen(first_query, WINDOW: tl.constexpr):
 @triton.jit
 def load_sinks(sinks_ptr, head_M):
     """In units of log 2, as the scores are."""
-    if sinks_ptr is None:
-        return tl.full(head_M.shape, float("-inf"), tl.float32)
-    return tl.load(sinks_ptr + head_M).to(tl.float32) * LOG2_E
+    sink_M = tl.full(head_M.shape, float("-inf"), tl.float32)
+    if sinks_ptr is not None:
+        sink_M = tl.load(sinks_ptr + head_M).to(tl.float32) * LOG2_E
+    return sink_M
 
 
 @triton.jit(do_not_specialize=["num_blocks", "table_stride", "num_splits", "rows_kept"])
@@ -253,6 +254,7 @@ def attend_(
     kv_NCbD: Tensor,
     table_SB: Tensor,
     work: Work,
+    tile: AttentionTile,
     *,
     window: int | None,
     scale: float,
@@ -271,7 +273,6 @@ def attend_(
     num_kv_heads = num_slabs // 2
     group = num_heads // num_kv_heads
     num_blocks = work.blocks_4N.shape[1]
-    tile = attention_tile(head_dim)
     rows = work.queries * group
     assert group * num_kv_heads == num_heads and rows <= ROWS, (num_heads, num_kv_heads, work.queries)
     assert q_TND.is_contiguous() and kv_NCbD.is_contiguous() and out_TQD.is_contiguous() and scale > 0

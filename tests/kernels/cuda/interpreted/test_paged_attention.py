@@ -1,128 +1,135 @@
-"""The kernel for decodes and prompts against the definition, and its promise: a query's bits depend on nothing else."""
+"""The kernel for decodes and prompts against the definition, and its promise: a query's bits depend on nothing else.
+
+Most of it with smaller tiles than the chip's, since the interpreter takes milliseconds for every operation of a tile.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from tests.kernels.cuda.interpreted.attention_cases import CPU, make_shape, make_spans, random_case, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moestro.kernels.backend import Decodes
 from moestro.kernels.cuda.attention import CudaAttention, make_attention
-from moestro.kernels.cuda.attention_plan import count_segments, make_plan
-from moestro.kernels.cuda.paged_attention import attend_, attention_tile, choose_splits
+from moestro.kernels.cuda.attention_plan import Work, make_plan, plan_decodes
+from moestro.kernels.cuda.paged_attention import AttentionTile, attend_, attention_tile, choose_splits
+from tests.kernels.cuda.interpreted.attention_cases import make_shape, make_spans, random_case, reference
 
 SCALE = 0.2
+SMALL = AttentionTile(keys=16, segment=48, warps=4, stages=2)
 
 
-def attend(case, pieces, window=None, splits=None, sinks_Q=None, plan=None):
-    """Each piece's results, in the order asked for."""
+def attend(case, pieces, window=None, splits=None, sinks_Q=None, tile=SMALL):
+    """Each piece's results, in the order asked for. ``splits``: None as chosen, 1, or more for one for each segment."""
     spans, q_TQD, ordered = make_spans(case, pieces)
-    plan = plan or CudaAttention(make_shape(case, window, SCALE), None).plan(spans)
+    plan = CudaAttention(make_shape(case, window, SCALE), None, tile).plan(spans)
     out_TQD = torch.full_like(q_TQD, float("nan"))
     for work in plan.works:
         num_splits = None if splits is None else 1 if splits == 1 else work.segments + 1
         attend_(
-            out_TQD, q_TQD, case.kv_NCbD, plan.block_table_SB, work,
+            out_TQD, q_TQD, case.kv_NCbD, plan.block_table_SB, work, tile,
             window=window, scale=SCALE, sinks_Q=sinks_Q, num_splits=num_splits,
         )  # fmt: skip
     rows = dict(zip(ordered, out_TQD.split([stop - first for _, first, stop in ordered]), strict=True))
     return [rows[piece] for piece in pieces]
 
 
-def check_against_reference(case, pieces, window, splits, sinks_Q=None):
-    got = torch.cat(attend(case, pieces, window, splits, sinks_Q))
-    for piece, out in zip(pieces, attend(case, pieces, window, splits, sinks_Q), strict=True):
+def check_against_reference(case, pieces, window, splits, sinks_Q=None, tile=SMALL):
+    for piece, out in zip(pieces, attend(case, pieces, window, splits, sinks_Q, tile), strict=True):
         spans, q_TQD, _ = make_spans(case, [piece])
         want = reference(spans, q_TQD, case.kv_NCbD, window, SCALE, sinks_Q)
         error = (out.double() - want).norm() / want.norm()
         assert error < 4e-3, (piece, window, splits, float(error))
-    assert got.isfinite().all()
 
 
-@pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize(
     ("width", "num_kv_heads", "group", "window"),
-    [(64, 2, 4, None), (80, 1, 1, 40), (96, 2, 3, None), (128, 1, 8, None), (192, 1, 2, 150), (256, 1, 2, None)],
+    [(64, 2, 4, None), (80, 1, 1, 40), (96, 2, 3, None), (128, 1, 8, None), (192, 1, 2, 50), (256, 1, 2, None)],
 )
-def test_is_the_definition(width, num_kv_heads, group, window, splits):
-    segment = attention_tile(width).segment
-    case = random_case(width, 3, segment + 9, width, num_kv_heads, group, 16)
-    pieces = [(0, segment + 8, segment + 9), (1, 0, 1), (2, segment - 3, segment + 2), (0, 14, 21)]
-    check_against_reference(case, pieces, window, splits)
+def test_is_the_definition(width, num_kv_heads, group, window):
+    case = random_case(width, 3, 57, width, num_kv_heads, group, 16)
+    pieces = [(0, 56, 57), (1, 0, 1), (2, 45, 50), (0, 14, 21)]
+    for splits in (1, 2):
+        check_against_reference(case, pieces, window, splits)
 
 
-@pytest.mark.parametrize("window", [None, 1, 128])
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_is_the_definition_with_the_tiles_of_the_chip(width):
+    tile = attention_tile(width)
+    case = random_case(width, 1, tile.segment + 3, width, 1, 8, 16)
+    for splits in (1, 2):
+        check_against_reference(case, [(0, tile.segment + 2, tile.segment + 3)], None, splits, tile=tile)
+
+
+@pytest.mark.parametrize("window", [None, 1, 40])
 def test_sinks_join_the_sum(window):
-    case = random_case(3, 1, 300, 128, 1, 4, 16)
+    case = random_case(3, 1, 100, 32, 1, 4, 16)
     sinks_Q = torch.tensor([0.5, -1.0, 30.0, float("-inf")])
     for splits in (1, 2):
-        check_against_reference(case, [(0, 299, 300), (0, 250, 259)], window, splits, sinks_Q)
+        check_against_reference(case, [(0, 99, 100), (0, 43, 52)], window, splits, sinks_Q)
 
 
 def test_no_worse_than_fused_attention_of_torch():
-    case = random_case(5, 1, 256, 128, 1, 1, 16)
-    spans, q_TQD, _ = make_spans(case, [(0, 0, 256)])
-    got = attend(case, [(0, 0, 256)])[0].double()
-    block_L = case.table_SB[0].long().repeat_interleave(16)
-    k_LD, v_LD = (case.kv_NCbD[block_L, slab, torch.arange(256) % 16] for slab in (0, 1))
+    case = random_case(5, 1, 192, 64, 1, 1, 16)
+    spans, q_TQD, _ = make_spans(case, [(0, 0, 192)])
+    got = attend(case, [(0, 0, 192)])[0].double()
+    at_L = torch.arange(192)
+    k_LD, v_LD = (case.kv_NCbD[case.table_SB[0].long()[at_L // 16], slab, at_L % 16] for slab in (0, 1))
     want = reference(spans, q_TQD, case.kv_NCbD, None, SCALE)
-    q_1LD = q_TQD.transpose(0, 1)
-    fused = torch.nn.functional.scaled_dot_product_attention(
-        q_1LD, k_LD[None], v_LD[None], is_causal=True, scale=SCALE
-    ).transpose(0, 1)
-    assert (got - want).norm() <= 1.02 * (fused.double() - want).norm()
+    fused_1LD = torch.nn.functional.scaled_dot_product_attention(
+        q_TQD.transpose(0, 1), k_LD[None], v_LD[None], is_causal=True, scale=SCALE
+    )
+    assert (got - want).norm() <= 1.05 * (fused_1LD.transpose(0, 1).double() - want).norm()
 
 
-def check_bits(case, length, cuts, window, sinks_Q=None, positions=()):
+def check_bits(case, length, cuts, window, positions, sinks_Q=None):
     """Sequence 0 whole, cut, token by token, in company, with keys split and not: all the same."""
     whole = attend(case, [(0, 0, length)], window, 1, sinks_Q)[0]
     for splits in (1, 2):
-        for first, stop in zip([0, *cuts], [*cuts, length], strict=True):
-            got = attend(case, [(0, first, stop)], window, splits, sinks_Q)[0]
+        pieces = list(zip([0, *cuts], [*cuts, length], strict=True))
+        for (first, stop), got in zip(pieces, attend(case, [(0, *p) for p in pieces], window, splits, sinks_Q)):  # noqa: B905
             assert torch.equal(got, whole[first:stop]), (first, stop, splits)
-        for position in positions:
-            alone = attend(case, [(0, position, position + 1)], window, splits, sinks_Q)[0]
-            assert torch.equal(alone, whole[position : position + 1]), (position, splits)
+    for position in positions:
+        alone = attend(case, [(0, position, position + 1)], window, 2, sinks_Q)[0]
+        assert torch.equal(alone, whole[position : position + 1]), position
     others = [(1, length - 1, length), (1, 3, 4), (1, 2, 13)]
-    crowd = attend(case, [*others, *((0, p, p + 1) for p in positions)], window, 2, sinks_Q)[len(others) :]
-    for position, got in zip(positions, crowd, strict=True):
-        assert torch.equal(got, whole[position : position + 1]), ("crowd", position)
+    for splits in (1, 2):
+        crowd = attend(case, [*others, *((0, p, p + 1) for p in positions)], window, splits, sinks_Q)[len(others) :]
+        for position, got in zip(positions, crowd, strict=True):
+            assert torch.equal(got, whole[position : position + 1]), ("crowd", position, splits)
 
 
 @pytest.mark.parametrize(
-    ("width", "group", "window"), [(64, 8, 100), (128, 8, None), (128, 3, 70), (256, 1, None), (80, 2, None)]
+    ("width", "group", "window"), [(64, 2, 30), (128, 8, None), (32, 3, 17), (256, 1, None), (80, 2, None)]
 )
 def test_bits_depend_on_the_sequence_and_the_position_alone(width, group, window):
-    segment, keys = attention_tile(width).segment, attention_tile(width).keys
-    length = segment + keys + 5
+    length = 69
     case = random_case(width + group, 2, length, width, 1, group, 16)
-    positions = sorted({0, keys - 1, keys, segment - 1, segment, segment + 1, length - 1})
     sinks_Q = torch.linspace(-1, 1, group) if group == 8 else None
-    check_bits(case, length, [7, segment - 1, segment + 3], window, sinks_Q, positions)
+    check_bits(case, length, [7, 47, 51], window, [0, 15, 16, 47, 48, 68], sinks_Q)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
-    length=st.integers(20, 330),
-    heads=st.sampled_from([(1, 1), (1, 5), (2, 4), (1, 16)]),
-    window=st.one_of(st.none(), st.integers(1, 200)),
+    length=st.integers(20, 110),
+    heads=st.sampled_from([(1, 1), (1, 5), (2, 4)]),
+    window=st.one_of(st.none(), st.integers(1, 80)),
     block_size=st.sampled_from([1, 8, 24, 32]),
     cut=st.integers(1, 19),
     seed=st.integers(0, 1000),
 )
 def test_any_cut_of_any_sequence(length, heads, window, block_size, cut, seed):
     case = random_case(seed, 2, length, 24, *heads, block_size)
-    check_bits(case, length, [cut], window, None, [length - 1, length // 2])
+    check_bits(case, length, [cut], window, [length - 1, length // 2])
 
 
 def test_long_context():
-    """Dozens of segments, most of them behind the window or not."""
-    case = random_case(9, 1, 5000, 128, 1, 8, 16)
-    whole = attend(case, [(0, 4995, 5000)], None, 1)[0]
-    for splits in (1, 2):
-        assert torch.equal(attend(case, [(0, 4999, 5000)], None, splits)[0], whole[4:])
-    check_against_reference(case, [(0, 4999, 5000)], 700, 2)
+    case = random_case(9, 1, 4000, 16, 1, 2, 16)
+    tile = AttentionTile(keys=64, segment=256, warps=4, stages=2)
+    whole = attend(case, [(0, 3995, 4000)], None, 1, tile=tile)[0]
+    assert torch.equal(attend(case, [(0, 3999, 4000)], None, 2, tile=tile)[0], whole[4:])
+    check_against_reference(case, [(0, 3999, 4000)], 700, 2, tile=tile)
 
 
 def test_what_stands_behind_the_last_token_is_not_read():
@@ -148,31 +155,33 @@ def test_what_is_not_a_number_stays_so_and_harms_nobody_else():
 
 
 @pytest.mark.parametrize("window", [None, 30])
-def test_a_captured_step_is_refilled(window):
-    """A replay computes what was copied into the plan; what it has room for beyond that is padding."""
-    case = random_case(8, 3, 600, 128, 1, 8, 16)
-    attention = CudaAttention(make_shape(case, window, SCALE), None)
-    static = attention.static_plan(4, 640, 16)
-    for pieces in ([(0, 599, 600), (1, 3, 4), (2, 299, 300)], [(2, 256, 257)], [(1, 511, 512), (0, 12, 13)]):
-        spans, q_TQD, _ = make_spans(case, pieces)
-        static.copy_(attention.plan(spans))
-        num = len(pieces)
-        assert static.slot_T[num:].eq(-1).all()
-        assert torch.equal(static.slot_T[:num], spans.slot_T)
-        padded_TQD = torch.cat([q_TQD, torch.full((4 - num, 8, 128), float("nan"), dtype=q_TQD.dtype)])
-        out_TQD = torch.full_like(padded_TQD, float("nan"))
-        attend_(out_TQD, padded_TQD, case.kv_NCbD, static.block_table_SB, static.works[0], window=window, scale=SCALE)
-        assert torch.equal(out_TQD[:num], torch.cat(attend(case, pieces, window)))
-        assert not out_TQD[num:].any()
+@pytest.mark.parametrize("splits", [None, 1])
+def test_a_captured_step(window, splits):
+    """Planned from tensors alone, with stale blocks behind a context, and a row that is padding."""
+    case = random_case(8, 3, 120, 32, 1, 4, 8)
+    context_len_S = torch.tensor([120, 0, 7, 49], dtype=torch.int32)
+    table_SB = case.table_SB[[0, 1, 1, 2]].clone()
+    table_SB[2, 1:] = 10**6
+    decodes = Decodes(context_len_S, table_SB, torch.tensor([1, -1, 2, 3]), 8)
+    plan = plan_decodes(decodes, segment=SMALL.segment, window=window)
+    (work,) = plan.works
+    q_TQD = torch.stack([case.q_SLQD[0, 119], torch.full((4, 32), float("nan")), case.q_SLQD[1, 6], case.q_SLQD[2, 48]])
+    out_TQD = torch.full_like(q_TQD, float("nan"))
+    attend_(
+        out_TQD, q_TQD, case.kv_NCbD, table_SB, work, SMALL, window=window, scale=SCALE, num_splits=splits
+    )  # fmt: skip
+    want = attend(case, [(0, 119, 120), (1, 6, 7), (2, 48, 49)], window)
+    assert torch.equal(out_TQD[[0, 2, 3]], torch.cat(want))
+    assert not out_TQD[1].any()
 
 
-def test_a_step_that_does_not_fit_is_refused():
-    case = random_case(8, 3, 60, 64, 1, 2, 16)
-    attention = CudaAttention(make_shape(case, None, SCALE), None)
-    static = attention.static_plan(2, 64, 16)
-    for pieces in ([(s, 59, 60) for s in range(3)], [(0, 5, 9)], [(0, 3, 4), (1, 0, 5)]):
-        with pytest.raises(ValueError, match="do not fit"):
-            static.copy_(attention.plan(make_spans(case, pieces)[0]))
+def test_a_captured_step_has_room_for_every_segment_of_a_window():
+    table_SB = torch.zeros(1, 100, dtype=torch.int32)
+    for window in range(1, 40):
+        decodes = Decodes(torch.ones(1, dtype=torch.int32), table_SB, torch.zeros(1, dtype=torch.int64), 8)
+        room = plan_decodes(decodes, segment=12, window=window).works[0].segments
+        seen = [last // 12 - max(0, last - window + 1) // 12 + 1 for last in range(800)]
+        assert room == max(seen), window
 
 
 def test_an_empty_step():
@@ -195,8 +204,13 @@ def test_splits():
     assert choose_splits(1, 4, 128, 4096) == 128
     assert choose_splits(132, 4, 128, 4096) == 1, "enough programs without"
     assert choose_splits(100, 4, 512, 4096) == 1, "a workspace beyond bounds"
-    assert count_segments(0, 511, 512, None) == 1
-    assert count_segments(511, 512, 512, None) == 2
-    assert count_segments(1022, 1022, 512, 512) == 2
-    assert count_segments(1023, 1023, 512, 512) == 1
-    assert CPU.type == "cpu"
+
+
+def test_fewer_splits_than_segments_are_refused():
+    case = random_case(1, 1, 8, 16, 1, 1, 8)
+    work = Work(torch.tensor([[0], [0], [1], [7]], dtype=torch.int32), 1, 3)
+    q_TQD = case.q_SLQD[0, 7:]
+    with pytest.raises(AssertionError):
+        attend_(
+            q_TQD.clone(), q_TQD, case.kv_NCbD, case.table_SB, work, SMALL, window=None, scale=1.0, num_splits=2
+        )  # fmt: skip
