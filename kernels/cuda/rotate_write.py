@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_HEADS = 4  # of one program, a warp each
+HEADS = 4  # of one program, a warp each
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -133,7 +133,7 @@ def rotate_write_(
     _, num_slabs, block_size, _ = kv_NCbD.shape
     rotary_dim = cos_T1D.shape[-1]
     assert qkv_TND.is_contiguous() and kv_NCbD.is_contiguous() and all_heads == num_heads + num_slabs
-    rotate_write_kernel[(num_tokens, triton.cdiv(all_heads, _HEADS))](
+    rotate_write_kernel[(num_tokens, triton.cdiv(all_heads, HEADS))](
         qkv_TND,
         cos_T1D.contiguous(),
         sin_T1D.contiguous(),
@@ -150,7 +150,7 @@ def rotate_write_(
         BLOCK_SIZE=block_size,
         HALF=triton.next_power_of_2(rotary_dim // 2),
         REST=triton.next_power_of_2(max(1, head_dim - rotary_dim)),
-        HEADS=_HEADS,
-        num_warps=_HEADS,
+        HEADS=HEADS,
+        num_warps=HEADS,
         enable_fp_fusion=False,
     )

@@ -14,10 +14,18 @@ from moestro.kernels.backend import Decodes
 from moestro.kernels.cuda.attention import CudaAttention, make_attention
 from moestro.kernels.cuda.attention_plan import Work, make_plan, plan_decodes
 from moestro.kernels.cuda.paged_attention import AttentionTile, attend_, attention_tile, choose_splits
-from tests.kernels.cuda.interpreted.attention_cases import make_shape, make_spans, random_case, reference
+from moestro.kernels.plain import PlainBackend
+from moestro.kernels.rotary import rotary_tables
+from tests.kernels.cuda.interpreted.attention_cases import (
+    make_shape,
+    make_spans,
+    random_case,
+    random_norm,
+    reference,
+)
 
 SCALE = 0.2
-SMALL = AttentionTile(keys=16, segment=48, warps=4, stages=2)
+SMALL = AttentionTile(keys=16, segment=32, warps=4, stages=2)
 
 
 def attend(case, pieces, window=None, splits=None, sinks_Q=None, tile=SMALL):
@@ -45,11 +53,11 @@ def check_against_reference(case, pieces, window, splits, sinks_Q=None, tile=SMA
 
 @pytest.mark.parametrize(
     ("width", "num_kv_heads", "group", "window"),
-    [(64, 2, 4, None), (80, 1, 1, 40), (96, 2, 3, None), (128, 1, 8, None), (192, 1, 2, 50), (256, 1, 2, None)],
+    [(64, 2, 4, None), (80, 1, 1, 20), (96, 2, 3, None), (128, 1, 8, None), (192, 1, 2, 33), (256, 1, 2, None)],
 )
 def test_is_the_definition(width, num_kv_heads, group, window):
-    case = random_case(width, 3, 57, width, num_kv_heads, group, 16)
-    pieces = [(0, 56, 57), (1, 0, 1), (2, 45, 50), (0, 14, 21)]
+    case = random_case(width, 3, 41, width, num_kv_heads, group, 16)
+    pieces = [(0, 40, 41), (1, 0, 1), (2, 30, 34), (0, 14, 19)]
     for splits in (1, 2):
         check_against_reference(case, pieces, window, splits)
 
@@ -73,27 +81,27 @@ def test_sinks_join_the_sum(window):
 def test_no_worse_than_fused_attention_of_torch():
     case = random_case(5, 1, 192, 64, 1, 1, 16)
     spans, q_TQD, _ = make_spans(case, [(0, 0, 192)])
-    got = attend(case, [(0, 0, 192)])[0].double()
+    got = attend(case, [(0, 0, 192)], tile=attention_tile(64))[0].double()
     at_L = torch.arange(192)
     k_LD, v_LD = (case.kv_NCbD[case.table_SB[0].long()[at_L // 16], slab, at_L % 16] for slab in (0, 1))
     want = reference(spans, q_TQD, case.kv_NCbD, None, SCALE)
-    fused_1LD = torch.nn.functional.scaled_dot_product_attention(
-        q_TQD.transpose(0, 1), k_LD[None], v_LD[None], is_causal=True, scale=SCALE
+    fused_11LD = torch.nn.functional.scaled_dot_product_attention(
+        q_TQD.transpose(0, 1)[None], k_LD[None, None], v_LD[None, None], is_causal=True, scale=SCALE
     )
-    assert (got - want).norm() <= 1.05 * (fused_1LD.transpose(0, 1).double() - want).norm()
+    assert (got - want).norm() <= 1.01 * (fused_11LD[0].transpose(0, 1).double() - want).norm()
 
 
 def check_bits(case, length, cuts, window, positions, sinks_Q=None):
     """Sequence 0 whole, cut, token by token, in company, with keys split and not: all the same."""
     whole = attend(case, [(0, 0, length)], window, 1, sinks_Q)[0]
+    pieces = [(0, first, stop) for first, stop in zip([0, *cuts], [*cuts, length], strict=True)]
+    for (_, first, stop), got in zip(pieces, attend(case, pieces, window, 2, sinks_Q), strict=True):
+        assert torch.equal(got, whole[first:stop]), (first, stop)
+    last = positions[-1]
     for splits in (1, 2):
-        pieces = list(zip([0, *cuts], [*cuts, length], strict=True))
-        for (first, stop), got in zip(pieces, attend(case, [(0, *p) for p in pieces], window, splits, sinks_Q)):  # noqa: B905
-            assert torch.equal(got, whole[first:stop]), (first, stop, splits)
-    for position in positions:
-        alone = attend(case, [(0, position, position + 1)], window, 2, sinks_Q)[0]
-        assert torch.equal(alone, whole[position : position + 1]), position
-    others = [(1, length - 1, length), (1, 3, 4), (1, 2, 13)]
+        alone = attend(case, [(0, last, last + 1)], window, splits, sinks_Q)[0]
+        assert torch.equal(alone, whole[last : last + 1]), splits
+    others = [(1, length - 1, length), (1, 3, 4), (1, 2, 9)]
     for splits in (1, 2):
         crowd = attend(case, [*others, *((0, p, p + 1) for p in positions)], window, splits, sinks_Q)[len(others) :]
         for position, got in zip(positions, crowd, strict=True):
@@ -101,27 +109,27 @@ def check_bits(case, length, cuts, window, positions, sinks_Q=None):
 
 
 @pytest.mark.parametrize(
-    ("width", "group", "window"), [(64, 2, 30), (128, 8, None), (32, 3, 17), (256, 1, None), (80, 2, None)]
+    ("width", "group", "window"), [(64, 2, 20), (128, 8, None), (32, 3, 17), (256, 1, None), (80, 2, None)]
 )
 def test_bits_depend_on_the_sequence_and_the_position_alone(width, group, window):
-    length = 69
+    length = 39
     case = random_case(width + group, 2, length, width, 1, group, 16)
     sinks_Q = torch.linspace(-1, 1, group) if group == 8 else None
-    check_bits(case, length, [7, 47, 51], window, [0, 15, 16, 47, 48, 68], sinks_Q)
+    check_bits(case, length, [7, 31, 35], window, [0, 15, 16, 31, 32, 38], sinks_Q)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
-    length=st.integers(20, 110),
+    length=st.integers(20, 70),
     heads=st.sampled_from([(1, 1), (1, 5), (2, 4)]),
-    window=st.one_of(st.none(), st.integers(1, 80)),
+    window=st.one_of(st.none(), st.integers(1, 60)),
     block_size=st.sampled_from([1, 8, 24, 32]),
     cut=st.integers(1, 19),
     seed=st.integers(0, 1000),
 )
 def test_any_cut_of_any_sequence(length, heads, window, block_size, cut, seed):
     case = random_case(seed, 2, length, 24, *heads, block_size)
-    check_bits(case, length, [cut], window, [length - 1, length // 2])
+    check_bits(case, length, [cut], window, [length // 2, length - 1])
 
 
 def test_long_context():
@@ -158,19 +166,18 @@ def test_what_is_not_a_number_stays_so_and_harms_nobody_else():
 @pytest.mark.parametrize("splits", [None, 1])
 def test_a_captured_step(window, splits):
     """Planned from tensors alone, with stale blocks behind a context, and a row that is padding."""
-    case = random_case(8, 3, 120, 32, 1, 4, 8)
-    context_len_S = torch.tensor([120, 0, 7, 49], dtype=torch.int32)
+    case = random_case(8, 3, 72, 32, 1, 4, 8)
+    context_len_S = torch.tensor([72, 0, 7, 49], dtype=torch.int32)
     table_SB = case.table_SB[[0, 1, 1, 2]].clone()
     table_SB[2, 1:] = 10**6
     decodes = Decodes(context_len_S, table_SB, torch.tensor([1, -1, 2, 3]), 8)
     plan = plan_decodes(decodes, segment=SMALL.segment, window=window)
     (work,) = plan.works
-    q_TQD = torch.stack([case.q_SLQD[0, 119], torch.full((4, 32), float("nan")), case.q_SLQD[1, 6], case.q_SLQD[2, 48]])
+    padding_QD = torch.full_like(case.q_SLQD[0, 0], float("nan"))
+    q_TQD = torch.stack([case.q_SLQD[0, 71], padding_QD, case.q_SLQD[1, 6], case.q_SLQD[2, 48]])
     out_TQD = torch.full_like(q_TQD, float("nan"))
-    attend_(
-        out_TQD, q_TQD, case.kv_NCbD, table_SB, work, SMALL, window=window, scale=SCALE, num_splits=splits
-    )  # fmt: skip
-    want = attend(case, [(0, 119, 120), (1, 6, 7), (2, 48, 49)], window)
+    attend_(out_TQD, q_TQD, case.kv_NCbD, table_SB, work, SMALL, window=window, scale=SCALE, num_splits=splits)
+    want = attend(case, [(0, 71, 72), (1, 6, 7), (2, 48, 49)], window)
     assert torch.equal(out_TQD[[0, 2, 3]], torch.cat(want))
     assert not out_TQD[1].any()
 
@@ -211,6 +218,47 @@ def test_fewer_splits_than_segments_are_refused():
     work = Work(torch.tensor([[0], [0], [1], [7]], dtype=torch.int32), 1, 3)
     q_TQD = case.q_SLQD[0, 7:]
     with pytest.raises(AssertionError):
-        attend_(
-            q_TQD.clone(), q_TQD, case.kv_NCbD, case.table_SB, work, SMALL, window=None, scale=1.0, num_splits=2
-        )  # fmt: skip
+        attend_(q_TQD.clone(), q_TQD, case.kv_NCbD, case.table_SB, work, SMALL, window=None, scale=1.0, num_splits=2)
+
+
+def test_an_e4m3_cache():
+    """As exact as its content, and the same bits however the keys are split."""
+    case = random_case(12, 1, 80, 64, 2, 4, 16, dtype=torch.float8_e4m3fn)
+    scale_C = torch.tensor([0.5, 0.25, 2.0, 0.125])
+    spans, q_TQD, _ = make_spans(case, [(0, 79, 80), (0, 40, 47)])
+    attention = CudaAttention(make_shape(case, None, SCALE), None, SMALL, None, scale_C)
+    plan = attention.plan(spans)
+    got = []
+    for splits in (None, 1):
+        out_TQD = torch.empty_like(q_TQD)
+        for work in plan.works:
+            attend_(
+                out_TQD, q_TQD, case.kv_NCbD, plan.block_table_SB, work, SMALL,
+                window=None, scale=SCALE, kv_scale_C=scale_C, num_splits=splits,
+            )  # fmt: skip
+        got.append(out_TQD)
+    assert torch.equal(*got)
+    kv_NCbD = case.kv_NCbD.float() * scale_C[:, None, None]
+    want = reference(spans, q_TQD, kv_NCbD, None, SCALE)
+    assert (got[0].double() - want).norm() < 4e-3 * want.norm()
+
+
+@pytest.mark.parametrize("rotary_dim", [32, 16])
+def test_a_layer_is_the_plain_one(rotary_dim):
+    """Norm, rotation, cache and product, step after step."""
+    case = random_case(13, 2, 40, 32, 1, 4, 8)
+    shape = make_shape(case, None, SCALE, rotary_dim)
+    norm = random_norm(shape, 14)
+    plain, cuda = PlainBackend().make_attention(shape, norm), CudaAttention(shape, norm, SMALL)
+    caches = [case.kv_NCbD.clone(), case.kv_NCbD.clone()]
+    generator = torch.Generator().manual_seed(15)
+    for pieces in ([(0, 0, 30), (1, 0, 9)], [(0, 30, 31), (1, 9, 20)], [(0, 31, 32), (1, 20, 21)]):
+        spans, q_TQD, _ = make_spans(case, pieces)
+        qkv_TND = torch.randn(len(q_TQD), 6, 32, generator=generator).bfloat16()
+        cos_T1D, sin_T1D = rotary_tables(6 * torch.rand(len(q_TQD), rotary_dim // 2, generator=generator), 1.0)
+        outs = [
+            attention.apply(qkv_TND.clone(), cos_T1D, sin_T1D, kv_NCbD, attention.plan(spans))
+            for attention, kv_NCbD in zip((plain, cuda), caches, strict=True)
+        ]
+        torch.testing.assert_close(outs[1], outs[0], rtol=2**-5, atol=2**-5)
+        torch.testing.assert_close(caches[1], caches[0], rtol=2**-6, atol=2**-6)

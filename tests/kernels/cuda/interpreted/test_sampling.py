@@ -56,9 +56,9 @@ def test_noise(seed):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("vocabulary", [1, 63, 64, 65, 257, 1000])
+@pytest.mark.parametrize("vocabulary", [1, 64, 65, 257])
 def test_tokens_are_those_of_the_sampler(vocabulary, dtype):
-    for seed in range(3):
+    for seed in range(2):
         generator = torch.Generator().manual_seed(seed)
         temperatures = [0.0, 1.0, 0.3, 2.0, 0.0, 1e-40, 100.0]
         num_rows = len(temperatures)
