@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 
 from moestro.kernels.backend import Backend
+from moestro.kernels.cuda.available import why_not_cuda
 from moestro.kernels.plain import PlainBackend
 
 BackendName = Literal["auto", "plain", "cpu", "cuda"]
@@ -23,5 +24,17 @@ class Chosen:
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, asked_for: BackendName = "auto") -> Chosen:
-    """The fastest backend that serves ``dtype`` on ``device``, or the one that was asked for."""
+    """The fastest backend that serves ``dtype`` on ``device``, or the one that was asked for. Raises ``ValueError``,
+    with the reason, where that cannot serve."""
+    if asked_for == "plain":
+        return Chosen(PlainBackend(), "asked for")
+    if asked_for == "cuda" or (asked_for == "auto" and device.type == "cuda"):
+        reason = why_not_cuda(device, dtype)
+        if reason is None:
+            from moestro.kernels.cuda.backend import CudaBackend  # Triton is imported only where it is used
+
+            return Chosen(CudaBackend(), "asked for" if asked_for == "cuda" else "bf16 on a CUDA device")
+        if asked_for == "cuda":
+            raise ValueError(f"kernels: the backend cuda cannot serve: {reason}")
+        return Chosen(PlainBackend(), f"not cuda: {reason}")
     return Chosen(PlainBackend(), "the only one")

@@ -1,4 +1,5 @@
-"""How experts' weights are stored on CUDA: bf16, or e4m3 with a scale for each block of 128 x 128 (DeepSeek-V3's format).
+"""How experts' weights are stored on CUDA: bf16, or e4m3 with a scale for each block of 128 x 128 (DeepSeek-V3's
+format).
 
 Legend: L slots, O outputs and H inputs of one product, o and h blocks of 128 of them.
 """

@@ -72,8 +72,8 @@ class CudaExperts:
     def mix_compared(
         self, x_TD: Tensor, slots_TK: Tensor, weights_TK: Tensor, tiles: tuple[Tile, Tile]
     ) -> tuple[Tensor, Tensor]:
-        """``mix`` for few contiguous rows, one at least: two launches. The work of finding rows grows with the square of
-        the pairs."""
+        """``mix`` for few contiguous rows, one at least: two launches. The work of finding rows grows with the square
+        of the pairs."""
         (num_tokens, model_width), top_k = x_TD.shape, slots_TK.shape[1]
         num_pairs, num_slots, width = slots_TK.numel(), self.num_slots, self.shape.width
         pairs = max(16, triton.next_power_of_2(num_pairs))

@@ -2,10 +2,10 @@
 
 Legend: T rows, I input and O output features, S parts of I, N rows of a tile, B tiles.
 
-A weight with few outputs would keep only some of the chip's 132 processors reading. So its features are cut into S parts
-at places that the weight's shape alone decides. With few rows each part is a program of its own, and whichever program of
-a tile comes last adds the parts up in their order; with many rows one program computes them one after the other. Both add
-the same numbers in the same order.
+A weight with few outputs would keep only some of the chip's 132 processors reading. So its features are cut into S
+parts at places that the weight's shape alone decides. With few rows each part is a program of its own, and whichever
+program of a tile comes last adds the parts up in their order; with many rows one program computes them one after the
+other. Both add the same numbers in the same order.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def linear_kernel(
 
 @dataclass(frozen=True, slots=True)
 class CudaLinear:
-    """``Linear`` for bf16 and fp32 weights on CUDA; its definition is ``x_TI @ weight_OI.T + bias_O``. For one stream at
-    a time. fp32 is multiplied without the matrix unit, which would round it."""
+    """``Linear`` for bf16 and fp32 weights on CUDA; its definition is ``x_TI @ weight_OI.T + bias_O``. For one stream
+    at a time. fp32 is multiplied without the matrix unit, which would round it."""
 
     weight_OI: Tensor
     bias_O: Tensor | None = None
@@ -127,7 +127,9 @@ class CudaLinear:
         num_parts = tile_count(in_features, part)
         parallel = num_parts > 1 and num_rows <= MAX_PARALLEL_ROWS
         num_tiles = tile_count(out_features, tile.out) * tile_count(num_rows, tile.rows)
-        partial = y_TO.new_empty(num_tiles * num_parts * tile.out * tile.rows, dtype=torch.float32) if parallel else None
+        partial = (
+            y_TO.new_empty(num_tiles * num_parts * tile.out * tile.rows, dtype=torch.float32) if parallel else None
+        )
         linear_kernel[(num_tiles * num_parts if parallel else num_tiles,)](
             self.weight_OI,
             self.bias_O,

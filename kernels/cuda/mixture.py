@@ -1,14 +1,15 @@
 """The two products of a mixture's experts, for rows spread over experts as they may be.
 
-Legend: P (token, slot) pairs or rows sorted by slot, K pairs per token, T tokens, L slots, D model width, I expert width,
-O outputs of a product and H its input features, N rows of a tile, B tiles.
+Legend: P (token, slot) pairs or rows sorted by slot, K pairs per token, T tokens, L slots, D model width, I expert
+width, O outputs of a product and H its input features, N rows of a tile, B tiles.
 
-Gate and up rows of a weight alternate by eight in a tile, so that one product holds both of an element in one thread's
-registers and the activation needs no exchange. Hidden rows and results stand where their pair does: nothing is permuted.
+Gate and up rows of a weight alternate by eight in a tile, so that one product holds both of an element in one
+thread's registers and the activation needs no exchange. Hidden rows and results stand where their pair does: nothing
+is permuted.
 
-A program learns in one of two ways which rows are its own: from the table of ``rows.py``; or, for few pairs, by comparing
-all slots with that of its pair: the first pair of a slot computes all of that slot, the others leave at once. The
-second needs no sorting and is one launch less ("warp decode" without its other order of sums).
+A program learns in one of two ways which rows are its own: from the table of ``rows.py``; or, for few pairs, by
+comparing all slots with that of its pair: the first pair of a slot computes all of that slot, the others leave at
+once. The second needs no sorting and is one launch less ("warp decode" without its other order of sums).
 """
 
 from __future__ import annotations
@@ -164,7 +165,8 @@ def down_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y_PD; and with ``weights_ptr`` out_TD too: whichever program is the last of a token's K adds them up, in order."""
+    """y_PD; and with ``weights_ptr`` out_TD too: whichever program is the last of a token's K adds them up, in
+    order."""
     NUM_O: tl.constexpr = (D + BLOCK_O - 1) // BLOCK_O
     pid = tl.program_id(0)
     o_tile = pid % NUM_O

@@ -2,12 +2,12 @@
 
 Legend: O rows of a weight (output features) of a tile, N rows of activations of a tile, K their common features.
 
-A tile of the result is ``w_OK @ x_NK.T``: the weight stands on the left. Then whatever the number of rows, one family of
-instructions computes it, ``wgmma m64nNk16`` (sm_90), of which only N follows the rows; one row costs a tile of 16 columns
-whose other columns are thrown away, which is free while reading weights is what takes time. An element is one chain of such
-instructions in the order of K, whatever the tile: so a row's bits depend on the weight and on the row alone. That an
-element of one wgmma depends on its row, its column and its accumulator only, and not on N, is taken from the chip; the
-suite checks it there.
+A tile of the result is ``w_OK @ x_NK.T``: the weight stands on the left. Then whatever the number of rows, one family
+of instructions computes it, ``wgmma m64nNk16`` (sm_90), of which only N follows the rows; one row costs a tile of 16
+columns whose other columns are thrown away, which is free while reading weights is what takes time. An element is one
+chain of such instructions in the order of K, whatever the tile: so a row's bits depend on the weight and on the row
+alone. That an element of one wgmma depends on its row, its column and its accumulator only, and not on N, is taken
+from the chip; the suite checks it there.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def product(
 
 @triton.jit
 def product_fp8(w_ptr_O, scale_ptr_O, x_ptr_N, ROW: tl.constexpr, BLOCK: tl.constexpr):
-    """The same for e4m3 weights with a scale for each ``BLOCK`` x ``BLOCK``, 128. A row of activations is rounded to e4m3 with
-    a scale for each 128 of its features (DeepSeek-V3, section 3.3), and each 128 products are added up by themselves: the
-    matrix unit keeps only some 14 bits of a sum of e4m3 products."""
+    """The same for e4m3 weights with a scale for each ``BLOCK`` x ``BLOCK``, 128. A row of activations is rounded to
+    e4m3 with a scale for each 128 of its features (DeepSeek-V3, section 3.3), and each 128 products are added up by
+    themselves: the matrix unit keeps only some 14 bits of a sum of e4m3 products."""
     k = tl.arange(0, BLOCK)
     acc_ON = tl.zeros((w_ptr_O.shape[0], x_ptr_N.shape[0]), tl.float32)
-    for block in range(0, tl.cdiv(ROW, BLOCK)):
+    for block in range(tl.cdiv(ROW, BLOCK)):
         at_K = block * BLOCK + k
         if ROW % BLOCK == 0:
             w_OK = tl.load(w_ptr_O[:, None] + at_K[None, :])

@@ -1,7 +1,8 @@
-"""Which rows go to which expert: a counting sort of (token, slot) pairs, and the tiles that the experts' products work on.
+"""Which rows go to which expert: a counting sort of (token, slot) pairs, and the tiles that the experts' products
+work on.
 
-Legend: T tokens, K slots per token, P = T * K pairs, R rows, L slots for experts (padded to a power of two with at least
-one to spare), N rows of a tile, B tiles, C programs that sort.
+Legend: T tokens, K slots per token, P = T * K pairs, R rows, L slots for experts (padded to a power of two with at
+least one to spare), N rows of a tile, B tiles, C programs that sort.
 
 No row is moved and none is padded: a tile is a slot and at most N places of the order, whose rows a product gathers and
 scatters itself. Everything stays on the device, with shapes that depend on T, K and L only.
@@ -56,9 +57,7 @@ def _put_tiles(counts_L, block, table_ptr, num_tiles, N: tl.constexpr, TILES: tl
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_tiles"])
-def tiles_kernel(
-    counts_ptr, table_ptr, num_slots, num_tiles, L: tl.constexpr, N: tl.constexpr, TILES: tl.constexpr
-):
+def tiles_kernel(counts_ptr, table_ptr, num_slots, num_tiles, L: tl.constexpr, N: tl.constexpr, TILES: tl.constexpr):
     l = tl.arange(0, L)
     counts_L = tl.load(counts_ptr + l, mask=l < num_slots, other=0).to(tl.int32)
     _put_tiles(counts_L, tl.program_id(0), table_ptr, num_tiles, N, TILES)
@@ -175,7 +174,7 @@ def _most_tiles(num_rows: int, num_slots: int, rows_of_tile: int) -> int:
 
 def padded_slots(num_slots: int) -> int:
     """A power of two with at least one to spare, for what is no pair."""
-    return max(16, triton.next_power_of_2(num_slots + 1))
+    return max(16, int(triton.next_power_of_2(num_slots + 1)))
 
 
 def _count(size: int, step: int) -> int:

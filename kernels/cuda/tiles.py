@@ -1,7 +1,8 @@
 """Which tile a kernel takes, from one checked-in table per chip; and how a weight's features are cut into parts.
 
 A tile decides how fast a kernel is and never what it computes: every element is the same chain of matrix instructions
-whatever the tile (see ``product.py``). The parts decide the order of a sum, so they follow from the weight's shape alone.
+whatever the tile (see ``product.py``). The parts decide the order of a sum, so they follow from the weight's shape
+alone.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 ROWS = (16, 32, 64, 128, 256)
 """Upper bounds of the buckets of rows (of one expert, on average); the last holds for more, too."""
 MAX_PARALLEL_ROWS = 64
-"""Rows up to which the parts of a sum are computed by programs of their own. Partial sums of more rows are as many bytes
-as the weight, and there are tiles enough to fill the chip."""
+"""Rows up to which the parts of a sum are computed by programs of their own. Partial sums of more rows are as many
+bytes as the weight, and there are tiles enough to fill the chip."""
 
 _FOLDER = Path(__file__).parent / "tiles"
 _BUSY_BLOCKS = 256  # two on each of 132 processors, in powers of two

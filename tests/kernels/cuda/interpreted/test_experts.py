@@ -15,7 +15,6 @@ from moestro.kernels.cuda.tiles import Tile
 from moestro.kernels.grouped_experts import ExpertShape, mix_sorted
 
 CPU = torch.device("cpu")
-SMALL = Tile(64, 16, 32, 4, 3)
 
 
 def make(width, model_width, num_slots, seed=0, *, fp8=False, bias=False, activation=SILU):
@@ -94,11 +93,11 @@ def test_definition(name, width, model_width, counts):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize(("num_tokens", "top_k"), [(1, 4), (9, 3), (60, 4)])
+@pytest.mark.parametrize(("num_tokens", "top_k"), [(1, 4), (5, 3), (33, 4)])
 def test_every_way_to_mix_gives_the_bits_of_its_definition(name, num_tokens, top_k):
-    experts = make(24, 72, 6, **FORMATS[name])
+    experts = make(24, 56, 6, **FORMATS[name])
     slots_TK, weights_TK, generator = spread(num_tokens, 6, top_k, seed=2)
-    x_TD = torch.randn(num_tokens, 72, generator=generator).bfloat16()
+    x_TD = torch.randn(num_tokens, 56, generator=generator).bfloat16()
     want_TD, want_L = mix_sorted(experts, 6, x_TD, slots_TK, weights_TK)
     tiles = experts.tiles(num_tokens * top_k)
     for mix in (experts.mix, partial(experts.mix_sorted, tiles=tiles), partial(experts.mix_compared, tiles=tiles)):
@@ -109,23 +108,23 @@ def test_every_way_to_mix_gives_the_bits_of_its_definition(name, num_tokens, top
 
 @pytest.mark.parametrize("name", ["bf16", "fp8"])
 def test_a_token_does_not_notice_the_others_nor_the_tiles(name):
-    experts = make(24, 300, 5, **FORMATS[name])
-    slots_TK, weights_TK, generator = spread(40, 5, 2, seed=3)
-    x_TD = torch.randn(40, 300, generator=generator).bfloat16()
+    experts = make(24, 200, 3, **FORMATS[name])
+    slots_TK, weights_TK, generator = spread(24, 3, 2, seed=3)
+    x_TD = torch.randn(24, 200, generator=generator).bfloat16()
     want_TD, _ = experts.mix(x_TD, slots_TK, weights_TK)
-    for start, stop in [(0, 1), (7, 8), (3, 20), (39, 40)]:
+    for start, stop in [(0, 1), (3, 19), (23, 24)]:
         got_TD, _ = experts.mix(x_TD[start:stop], slots_TK[start:stop], weights_TK[start:stop])
         assert torch.equal(got_TD, want_TD[start:stop]), (start, stop)
-    order_T = torch.randperm(40, generator=generator)
+    order_T = torch.randperm(24, generator=generator)
     assert torch.equal(experts.mix(x_TD[order_T], slots_TK[order_T], weights_TK[order_T])[0], want_TD[order_T])
     features = 128 if name == "fp8" else 64
-    for tile in [Tile(64, 16, features, 4, 3), Tile(128, 32, features, 4, 3), Tile(128, 64, features, 8, 3)]:
+    for tile in [Tile(64, 16, features, 4, 3), Tile(128, 32, features, 8, 3)]:
         assert torch.equal(experts.mix_sorted(x_TD, slots_TK, weights_TK, (tile, tile))[0], want_TD), tile
         assert torch.equal(experts.mix_compared(x_TD, slots_TK, weights_TK, (tile, tile))[0], want_TD), tile
 
 
 @given(
-    num_tokens=st.integers(1, 40),
+    num_tokens=st.integers(1, 20),
     num_slots=st.integers(1, 9),
     width=st.integers(1, 40),
     model_width=st.integers(1, 80),
