@@ -2,9 +2,9 @@
 
 Legend: R ranks, N elements.
 
-Same bits as gathering and adding in fp32 (``router.mesh.MeshTensorParallel.sum``), on every rank, whatever N is; one reading
-of R * N elements over NVLink instead of a gather, a loop of additions and a cast. For the small sums of decoding. Not
-measured, and not run on several GPUs yet: only the arithmetic is tested.
+Same bits as gathering and adding in fp32 (``router.mesh.MeshTensorParallel.sum``), on every rank, whatever N is; one
+reading of R * N elements over NVLink instead of a gather, a loop of additions and a cast. For the small sums of
+decoding. Not measured, and not run on several GPUs yet: only the arithmetic is tested.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def ordered_sum(peers_R: Tensor, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class OneShotSum:
-    """``ordered_sum`` over symmetric memory. For one stream at a time; every rank calls ``sum`` for the same sizes in the
-    same order. It can be captured in a CUDA graph."""
+    """``ordered_sum`` over symmetric memory. For one stream at a time; every rank calls ``sum`` for the same sizes in
+    the same order. It can be captured in a CUDA graph."""
 
     buffer_N: Tensor  # this rank's part of the symmetric memory
     peers_R: Tensor

@@ -13,14 +13,15 @@ from torch import Tensor
 
 from moestro.kernels.backend import AttentionShape, Decodes, HeadNorm, PagedAttention, Spans
 from moestro.kernels.cuda.attention_plan import CudaPlan, make_plan, plan_decodes
-from moestro.kernels.cuda.paged_attention import ROWS, AttentionTile, attend_, attention_tile
+from moestro.kernels.cuda.attention_tile import ROWS, AttentionTile, attention_tile
+from moestro.kernels.cuda.paged_attention import attend_
 from moestro.kernels.cuda.rotate_write import rotate_write_
 
 
 @dataclass(frozen=True, slots=True)
 class CudaAttention(PagedAttention[CudaPlan]):
-    """``sinks_Q``: a logit per query head that joins the sum of its softmax (gpt-oss). ``kv_scale_C``: the cache is e4m3,
-    and these fp32 numbers, one per slab, are what its content is multiplied with."""
+    """``sinks_Q``: a logit per query head that joins the sum of its softmax (gpt-oss). ``kv_scale_C``: the cache is
+    e4m3, and these fp32 numbers, one per slab, are what its content is multiplied with."""
 
     shape: AttentionShape
     norm: HeadNorm | None

@@ -18,8 +18,8 @@ _COUNT, _POSITION = 2, 3
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Query blocks of one launch. ``blocks_4N`` is int32: a block's row in the block table, its first token in the step,
-    its number of queries (0: padding, whose token's result is zero) and the position of its first query in the
+    """Query blocks of one launch. ``blocks_4N`` is int32: a block's row in the block table, its first token in the
+    step, its number of queries (0: padding, whose token's result is zero) and the position of its first query in the
     sequence."""
 
     blocks_4N: Tensor
@@ -37,8 +37,8 @@ class CudaPlan:
 
 
 def plan_decodes(decodes: Decodes, *, segment: int, window: int | None) -> CudaPlan:
-    """By operations on the device alone, so that it can be part of a captured step. Launches are as large as the longest
-    context that the table has room for; what a sequence does not have ends at once."""
+    """By operations on the device alone, so that it can be part of a captured step. Launches are as large as the
+    longest context that the table has room for; what a sequence does not have ends at once."""
     num_seqs, columns = decodes.block_table_SB.shape
     row_S = torch.arange(num_seqs, dtype=torch.int32, device=decodes.block_table_SB.device)
     context_len_S = decodes.context_len_S.to(torch.int32)
@@ -51,8 +51,8 @@ def plan_decodes(decodes: Decodes, *, segment: int, window: int | None) -> CudaP
 
 
 def make_plan(spans: Spans, *, queries: int, segment: int, window: int | None) -> CudaPlan:
-    """``queries``: of a query block that is no decode; ``segment``: keys. Reads lengths on the host only, so it never waits
-    for the device."""
+    """``queries``: of a query block that is no decode; ``segment``: keys. Reads lengths on the host only, so it never
+    waits for the device."""
     start_S1 = np.asarray(spans.query_start_S1, np.int32)
     length_S = np.diff(start_S1)
     position_S = np.asarray(spans.context_len_S, np.int32) - length_S

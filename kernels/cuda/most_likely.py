@@ -2,8 +2,8 @@
 
 Legend: R rows, V vocabulary, C chunks of a row, B tokens of a chunk, K tokens.
 
-Two launches: the first K of each chunk, then the first K of those. A logit and its id are one integer, so that no two are
-equal and the order is ``workers/sampling/ordering``'s: the larger logit first, the smaller id among equals.
+Two launches: the first K of each chunk, then the first K of those. A logit and its id are one integer, so that no two
+are equal and the order is ``workers/sampling/ordering``'s: the larger logit first, the smaller id among equals.
 """
 
 from __future__ import annotations

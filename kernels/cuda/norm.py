@@ -38,9 +38,9 @@ def add_rms_norm_kernel(
 
 
 def add_rms_norm(x_TM: Tensor, delta_TM: Tensor | None, weight_M: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``x + delta``, rounded to the dtype of x, and its RMS norm times ``weight``: reduced in fp32, rounded once. The sum is
-    left in ``x_TM``, which is returned; without ``delta_TM`` x stays as it is. A row is reduced by one program in an
-    order that its width alone decides. Its definition: ``rms_norm.rms_norm_reference`` of the sum.
+    """``x + delta``, rounded to the dtype of x, and its RMS norm times ``weight``: reduced in fp32, rounded once. The
+    sum is left in ``x_TM``, which is returned; without ``delta_TM`` x stays as it is. A row is reduced by one program
+    in an order that its width alone decides. Its definition: ``rms_norm.rms_norm_reference`` of the sum.
     """
     num_rows, width = x_TM.shape
     assert x_TM.is_contiguous(), "the residual stream is written in place"

@@ -3,8 +3,8 @@
 Legend: M rows (a query head of a query each), D head width, N keys of a tile.
 
 The state of a row is what its keys so far amount to: the largest score ``m_M`` in units of log 2, the sum ``l_M`` of
-2 ** (score - m), and ``acc_MD``, the values weighted alike. Every rounding here is written down (no product is fused with
-a sum but where it says ``fma``), since the same numbers must come out of every kernel that joins pieces.
+2 ** (score - m), and ``acc_MD``, the values weighted alike. Every rounding here is written down (no product is fused
+with a sum but where it says ``fma``), since the same numbers must come out of every kernel that joins pieces.
 """
 
 from __future__ import annotations

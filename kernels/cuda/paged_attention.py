@@ -1,23 +1,22 @@
 """Attention over a paged cache, for one query as for many: one kernel, one order of summation.
 
 Legend: T tokens, Q query heads, H key/value heads, G query heads per key/value head, D head width, C slabs of a cache
-block (2 H), b tokens of a cache block, S sequences, B columns of the block table, N query blocks, P segments, R rows of a
-query block that count (queries * G).
+block (2 H), b tokens of a cache block, S sequences, B columns of the block table, N query blocks, P segments, R rows of
+a query block that count (queries * G).
 In kernels: M rows and N keys of a tile.
 
 A program takes one query block: up to ``64 // G`` queries of one sequence, with the G heads that share a key/value head
-as rows of the same tile. Keys are cut at fixed positions, into tiles and into segments of several tiles. Within a segment
-softmax is online, tile after tile, from nothing; segments are joined one after the other (``online_softmax.join``). A
-program either walks through all segments, or it is one of several that compute a segment each, which a second kernel joins
-in the same order: the same operations on the same numbers. What a query does not see adds exact zeros. So a query's bits
-depend on its own sequence and position, and on nothing else. The tile always has 64 rows, also for one query: then
-every product is computed by one and the same instruction (wgmma m64), and what a lone query wastes is arithmetic that
-waits for memory anyway. Split keys: "flash decoding" (Dao et al. 2023); heads as rows: as vLLM's Triton kernels do.
+as rows of the same tile. Keys are cut at fixed positions, into tiles and into segments of several tiles. Within a
+segment softmax is online, tile after tile, from nothing; segments are joined one after the other
+(``online_softmax.join``). A program either walks through all segments, or it is one of several that compute a segment
+each, which a second kernel joins in the same order: the same operations on the same numbers. What a query does not see
+adds exact zeros. So a query's bits depend on its own sequence and position, and on nothing else. The tile always has 64
+rows, also for one query: then every product is computed by one and the same instruction (wgmma m64), and what a lone
+query wastes is arithmetic that waits for memory anyway. Split keys: "flash decoding" (Dao et al. 2023); heads as rows:
+as vLLM's Triton kernels do.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -25,24 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from moestro.kernels.cuda.attention_plan import Work
+from moestro.kernels.cuda.attention_tile import ROWS, AttentionTile, choose_splits
+from moestro.kernels.cuda.join_segments import LOG2_E, first_seen, join_kernel, load_sinks
 from moestro.kernels.cuda.online_softmax import finish, finite_base, join
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def first_seen(first_query, WINDOW: tl.constexpr):
-    """The first key that the first query of a block sees."""
-    return tl.maximum(first_query - WINDOW + 1, 0) if WINDOW > 0 else first_query * 0
-
-
-@triton.jit
-def load_sinks(sinks_ptr, head_M):
-    """In units of log 2, as the scores are."""
-    sink_M = tl.full(head_M.shape, float("-inf"), tl.float32)
-    if sinks_ptr is not None:
-        sink_M = tl.load(sinks_ptr + head_M).to(tl.float32) * LOG2_E
-    return sink_M
 
 
 @triton.jit(do_not_specialize=["num_blocks", "table_stride", "num_splits", "rows_kept"])
@@ -158,96 +142,6 @@ def attention_kernel(
         tl.store(out_ptr_MD, out_MD.to(out_ptr.dtype.element_ty), mask=counts_MD)
 
 
-@triton.jit(do_not_specialize=["num_blocks", "num_splits", "rows_kept"])
-def join_kernel(
-    blocks_ptr,  # int32 [4, N]
-    sinks_ptr,
-    scale_ptr,
-    out_ptr,
-    partial_ptr,
-    partial_ml_ptr,
-    num_blocks,
-    num_splits,
-    rows_kept,
-    NUM_KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Joins the segments of one row of a query block, in order."""
-    NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
-    block, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first_token = tl.load(blocks_ptr + num_blocks + block).to(tl.int64)
-    num_queries = tl.load(blocks_ptr + 2 * num_blocks + block)
-    first_query = tl.load(blocks_ptr + 3 * num_blocks + block)
-    query = row // GROUP
-    if query >= num_queries:
-        return
-    begin = first_seen(first_query, WINDOW) // BLOCK_N * BLOCK_N
-    num_segments = (first_query + num_queries - 1) // SEGMENT - begin // SEGMENT + 1
-
-    one = tl.arange(0, 1)  # a tile of one row, so that it is joined as those of many rows are
-    d = tl.arange(0, BLOCK_D)
-    inside = (d < HEAD_DIM)[None, :]
-    m_1 = tl.full((1,), float("-inf"), tl.float32)
-    l_1 = tl.zeros((1,), tl.float32)
-    acc_1D = tl.zeros((1, BLOCK_D), tl.float32)
-    first_cell = (block.to(tl.int64) * NUM_KV_HEADS + kv_head) * num_splits
-    for segment in range(0, num_segments):
-        cell = first_cell + segment
-        segment_m_1 = tl.load(partial_ml_ptr + cell * 2 * rows_kept + row + one)
-        segment_l_1 = tl.load(partial_ml_ptr + (cell * 2 + 1) * rows_kept + row + one)
-        acc_ptr_1D = partial_ptr + (cell * rows_kept + row) * HEAD_DIM + one[:, None] + d[None, :]
-        segment_acc_1D = tl.load(acc_ptr_1D, mask=inside, other=0.0)
-        m_1, l_1, acc_1D = join(m_1, l_1, acc_1D, segment_m_1, segment_l_1, segment_acc_1D)
-    head = kv_head * GROUP + row % GROUP
-    v_scale = 1.0
-    if scale_ptr is not None:
-        v_scale = tl.load(scale_ptr + NUM_KV_HEADS + kv_head)
-    out_1D = finish(m_1, l_1, acc_1D, load_sinks(sinks_ptr, head + one), v_scale)
-    out_ptr_1D = out_ptr + (first_token + query) * (NUM_HEADS * HEAD_DIM) + head * HEAD_DIM + one[:, None] + d[None, :]
-    tl.store(out_ptr_1D, out_1D.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionTile:
-    """What a head's width decides. ``keys`` and ``segment`` fix the order of sums, so no table may change them."""
-
-    keys: int  # of a tile
-    segment: int  # keys; a multiple of ``keys``: 128 KiB of keys and values in bf16
-    warps: int
-    stages: int
-
-
-ROWS = 64  # of a tile of queries: the least that wgmma takes
-_BUSY_PROGRAMS = 528  # four on each of 132 processors
-_WORKSPACE_BYTES = 1 << 28
-
-
-def attention_tile(head_dim: int) -> AttentionTile:
-    """Raises ValueError for widths beyond 256."""
-    match triton.next_power_of_2(head_dim):
-        case block_d if block_d <= 64:
-            return AttentionTile(keys=128, segment=512, warps=4, stages=3)
-        case 128:
-            return AttentionTile(keys=64, segment=256, warps=4, stages=3)
-        case 256:
-            return AttentionTile(keys=64, segment=128, warps=8, stages=2)
-        case _:
-            raise ValueError(f"head_dim must be at most 256, not {head_dim}")
-
-
-def choose_splits(num_blocks: int, num_kv_heads: int, segments: int, bytes_per_segment: int) -> int:
-    """Into how many programs the keys of a query block are split: one for each segment while there are too few programs
-    to fill the chip and the unjoined results fit the workspace, else one for all. The bits are the same."""
-    programs = num_blocks * num_kv_heads
-    fits = programs * segments * bytes_per_segment <= _WORKSPACE_BYTES
-    return segments if programs < _BUSY_PROGRAMS and fits else 1
-
-
 def attend_(
     out_TQD: Tensor,
     q_TND: Tensor,
@@ -265,8 +159,8 @@ def attend_(
     """out = softmax(q k^T * scale) v for the queries of ``work``, written to their rows of ``out_TQD``; ``q_TND`` holds
     the Q query heads first. Its definition: ``paged_attention.paged_attention_reference``. Scores, softmax and sums in
     fp32; weights are rounded to bf16 for the product with the values. ``sinks_Q`` is a logit per query head that joins
-    the sum of weights; ``kv_scale_C`` goes with a cache of e4m3. ``num_splits`` overrules ``choose_splits``: None or 1, or
-    at least ``work.segments``.
+    the sum of weights; ``kv_scale_C`` goes with a cache of e4m3. ``num_splits`` overrules ``choose_splits``: None or 1,
+    or at least ``work.segments``.
     """
     _, num_heads, head_dim = out_TQD.shape
     _, num_slabs, block_size, _ = kv_NCbD.shape
@@ -274,8 +168,10 @@ def attend_(
     group = num_heads // num_kv_heads
     num_blocks = work.blocks_4N.shape[1]
     rows = work.queries * group
-    assert group * num_kv_heads == num_heads and rows <= ROWS, (num_heads, num_kv_heads, work.queries)
-    assert q_TND.is_contiguous() and kv_NCbD.is_contiguous() and out_TQD.is_contiguous() and scale > 0
+    assert group * num_kv_heads == num_heads, (num_heads, num_kv_heads)
+    assert rows <= ROWS, (work.queries, group)
+    assert all(tensor.is_contiguous() for tensor in (q_TND, kv_NCbD, out_TQD))
+    assert scale > 0, scale
     splits = choose_splits(num_blocks, num_kv_heads, work.segments, 4 * rows * (head_dim + 2))
     splits = splits if num_splits is None else num_splits
     assert splits == 1 or splits >= work.segments, (splits, work.segments)

@@ -1,7 +1,7 @@
 """Head norm, rotation and the write into the cache, in one pass over a step's queries, keys and values.
 
-Legend: T tokens, N heads of queries, keys and values together, Q query heads, H key/value heads, D head width, C slabs of
-a block (2 H), b tokens of a block; n heads of one program.
+Legend: T tokens, N heads of queries, keys and values together, Q query heads, H key/value heads, D head width, C slabs
+of a block (2 H), b tokens of a block; n heads of one program.
 
 A head is three runs of numbers: the two halves that rotation mixes and the rest behind them. A thread holds the same
 place of both halves, so queries can be written over what was read.
@@ -121,18 +121,19 @@ def rotate_write_(
     num_heads: int,
     scale_C: Tensor | None = None,
 ) -> None:
-    """Normalises (where there is a weight) and rotates query and key heads in fp32, rounds once, leaves queries where they
-    were and keys and values in their slots of the cache; key and value heads of ``qkv_TND`` stay as they are.
+    """Normalises (where there is a weight) and rotates query and key heads in fp32, rounds once, leaves queries where
+    they were and keys and values in their slots of the cache; key and value heads of ``qkv_TND`` stay as they are.
 
-    A token whose slot is negative is padding: it leaves nothing. Where the slot of a block's first token is written, the
-    slots behind the last one written in it are emptied, so that nobody reads what another sequence left. The slots of one
-    sequence's tokens must stand together, in order. ``scale_C`` goes with a cache of e4m3: what is stored is
+    A token whose slot is negative is padding: it leaves nothing. Where the slot of a block's first token is written,
+    the slots behind the last one written in it are emptied, so that nobody reads what another sequence left. The slots
+    of one sequence's tokens must stand together, in order. ``scale_C`` goes with a cache of e4m3: what is stored is
     ``value / scale`` of its slab. Defined by ``PlainAttention.apply``, except that the norm is not rounded on its own.
     """
     num_tokens, all_heads, head_dim = qkv_TND.shape
     _, num_slabs, block_size, _ = kv_NCbD.shape
     rotary_dim = cos_T1D.shape[-1]
-    assert qkv_TND.is_contiguous() and kv_NCbD.is_contiguous() and all_heads == num_heads + num_slabs
+    assert all(tensor.is_contiguous() for tensor in (qkv_TND, kv_NCbD))
+    assert all_heads == num_heads + num_slabs, (all_heads, num_heads, num_slabs)
     rotate_write_kernel[(num_tokens, triton.cdiv(all_heads, HEADS))](
         qkv_TND,
         cos_T1D.contiguous(),

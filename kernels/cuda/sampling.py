@@ -2,13 +2,13 @@
 
 Legend: R rows, V vocabulary, C chunks of a row, B tokens of a chunk, P pairs of them, K the K most likely tokens.
 
-Rows are plainly greedy (temperature 0) or drawn from their tempered softmax (Gumbel-max); what else a request may ask for
-stays with torch (``workers/sampling``). Three launches: the best of each chunk of a row; where a row has a
+Rows are plainly greedy (temperature 0) or drawn from their tempered softmax (Gumbel-max); what else a request may ask
+for stays with torch (``workers/sampling``). Three launches: the best of each chunk of a row; where a row has a
 temperature, the best of each chunk after noise was added; the row's token. The logits are read twice, the second time
 from the L2 cache as a rule. A chunk is cut and chunks are joined by the vocabulary's size alone.
 
-The noise is that of ``workers/sampling/noise.py``, whose keys the caller makes: SplitMix64 (Steele, Lea, Flood 2014) as a
-counter. Uniforms are the same bits as there; the two logarithms may differ from torch's in the last place.
+The noise is that of ``workers/sampling/noise.py``, whose keys the caller makes: SplitMix64 (Steele, Lea, Flood 2014) as
+a counter. Uniforms are the same bits as there; the two logarithms may differ from torch's in the last place.
 """
 
 from __future__ import annotations
@@ -146,12 +146,12 @@ def token_kernel(
 
 
 def sample_rows(logits_RV: Tensor, temperature_R: Tensor, key_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """code_R (int64), logprob_R (fp32) and normaliser_R2 (fp32), which ``most_likely`` takes. No synchronisation, so it can
-    be part of a captured step.
+    """code_R (int64), logprob_R (fp32) and normaliser_R2 (fp32), which ``most_likely`` takes. No synchronisation, so it
+    can be part of a captured step.
 
-    A code is the row's token, or says what is wrong with its logits (bf16 or fp32): -1 NaN, -2 +Inf, -3 nothing but -Inf.
-    Where ``temperature_R`` (fp32) is 0 the token is the largest logit's, of equal ones the smallest id's; where it is
-    positive it is drawn with the noise of ``key_R`` (int64, ``noise.row_keys``): the token that
+    A code is the row's token, or says what is wrong with its logits (bf16 or fp32): -1 NaN, -2 +Inf, -3 nothing but
+    -Inf. Where ``temperature_R`` (fp32) is 0 the token is the largest logit's, of equal ones the smallest id's; where
+    it is positive it is drawn with the noise of ``key_R`` (int64, ``noise.row_keys``): the token that
     ``workers/sampling/sampler.sample`` draws for a row without edits, filters and min_p. ``logprob_R`` is the log
     softmax of the raw logits at that token.
     """

@@ -7,20 +7,21 @@ import pytest
 
 pytest.importorskip("triton")
 import triton
-
-from moestro.kernels.cuda.all_reduce import ordered_sum_kernel
-from moestro.kernels.cuda.most_likely import first_of_chunk_kernel, first_of_row_kernel
-from moestro.kernels.cuda.norm import add_rms_norm_kernel, norm_warps
-from moestro.kernels.cuda.paged_attention import ROWS, attention_kernel, attention_tile, join_kernel
-from moestro.kernels.cuda.rotate_write import HEADS, rotate_write_kernel
-from moestro.kernels.cuda.sampling import chunk_kernel, draw_kernel, token_kernel
 from tests.kernels.cuda.hopper import MAX_SHARED_BYTES, compile_for_hopper
 
-# (query heads, key/value heads, width, rotated, window, norm, sinks): Qwen3-30B-A3B, Mixtral-8x7B, gpt-oss-20b, and
-# the widths that none of them has.
+from moestro.kernels.cuda.all_reduce import ordered_sum_kernel
+from moestro.kernels.cuda.attention_tile import ROWS, attention_tile
+from moestro.kernels.cuda.join_segments import join_kernel
+from moestro.kernels.cuda.most_likely import first_of_chunk_kernel, first_of_row_kernel
+from moestro.kernels.cuda.norm import add_rms_norm_kernel, norm_warps
+from moestro.kernels.cuda.paged_attention import attention_kernel
+from moestro.kernels.cuda.rotate_write import HEADS, rotate_write_kernel
+from moestro.kernels.cuda.sampling import chunk_kernel, draw_kernel, token_kernel
+
+# (query heads, key/value heads, width, rotated, window, norm, sinks): one of each tile, and the odd widths.
+# Mixtral-8x7B differs from Qwen3-30B-A3B in the number of heads alone.
 SHAPES = {
     "qwen3-30b": (32, 4, 128, 128, 0, True, False),
-    "mixtral-8x7b": (32, 8, 128, 128, 0, False, False),
     "gpt-oss-20b": (64, 8, 64, 64, 128, False, True),
     "width-80": (8, 8, 80, 80, 0, False, False),
     "width-192": (8, 2, 192, 64, 0, True, False),
@@ -35,12 +36,11 @@ def check(compiled):
     return compiled
 
 
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("cache", ["bf16", "fp8e4nv"])
+@pytest.mark.parametrize(
+    ("name", "cache"), [*((name, "bf16") for name in SHAPES), ("qwen3-30b", "fp8e4nv"), ("gpt-oss-20b", "fp8e4nv")]
+)
 def test_attention(name, cache):
     num_heads, num_kv_heads, width, _, window, _, sinks = SHAPES[name]
-    if cache == "fp8e4nv" and not name.startswith(("qwen", "gpt")):
-        pytest.skip("two widths are enough")
     tile = attention_tile(width)
     constants = {
         "NUM_KV_HEADS": num_kv_heads,
@@ -74,8 +74,11 @@ def test_attention(name, cache):
         assert "LDGSTS.E.BYPASS" in compiled.sass, "tiles are fetched ahead, past the registers"
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_rotate_write(name):
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [("qwen3-30b", "bf16"), ("gpt-oss-20b", "fp8e4nv"), ("width-192", "bf16"), ("width-256", "fp8e4nv")],
+)
+def test_rotate_write(name, cache):
     num_heads, num_kv_heads, width, rotary_dim, _, norm, _ = SHAPES[name]
     constants = {
         "NUM_HEADS": num_heads,
@@ -86,21 +89,18 @@ def test_rotate_write(name):
         "HALF": triton.next_power_of_2(rotary_dim // 2),
         "REST": triton.next_power_of_2(max(1, width - rotary_dim)),
         "HEADS": HEADS,
-        "scale_ptr": None,
     }
-    types = {"qkv_ptr": "*bf16", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "slot_ptr": "*i64", "kv_ptr": "*bf16"}
+    types = {"qkv_ptr": "*bf16", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "slot_ptr": "*i64", "kv_ptr": f"*{cache}"}
     types |= {"num_tokens": "i32", "eps": "fp32"}
-    if norm:
-        types["weight_ptr"] = "*fp32"
-    else:
-        constants["weight_ptr"] = None
-    check(compile_for_hopper(rotate_write_kernel, constants, types, num_warps=HEADS, num_stages=3))
-    del constants["scale_ptr"]
-    types |= {"scale_ptr": "*fp32", "kv_ptr": "*fp8e4nv"}
+    for pointer, given in (("weight_ptr", norm), ("scale_ptr", cache != "bf16")):
+        if given:
+            types[pointer] = "*fp32"
+        else:
+            constants[pointer] = None
     check(compile_for_hopper(rotate_write_kernel, constants, types, num_warps=HEADS, num_stages=3))
 
 
-@pytest.mark.parametrize("width", [2048, 2880, 8192])
+@pytest.mark.parametrize("width", [2048, 2880])
 def test_add_rms_norm(width):
     block = triton.next_power_of_2(width)
     types = dict.fromkeys(("x_ptr", "delta_ptr", "weight_ptr", "sum_ptr", "out_ptr"), "*bf16") | {"eps": "fp32"}
@@ -135,7 +135,7 @@ def test_most_likely():
     check(compile_for_hopper(first_of_row_kernel, constants, types, num_warps=4, num_stages=3))
 
 
-@pytest.mark.parametrize("ranks", [2, 8])
+@pytest.mark.parametrize("ranks", [8])
 def test_ordered_sum(ranks):
     types = {"peers_ptr": "*i64", "out_ptr": "*bf16", "num_eights": "i32"}
     constants = {"RANKS": ranks, "BLOCK": 2048}

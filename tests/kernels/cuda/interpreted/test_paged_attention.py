@@ -9,13 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from moestro.kernels.backend import Decodes
-from moestro.kernels.cuda.attention import CudaAttention, make_attention
-from moestro.kernels.cuda.attention_plan import Work, make_plan, plan_decodes
-from moestro.kernels.cuda.paged_attention import AttentionTile, attend_, attention_tile, choose_splits
-from moestro.kernels.plain import PlainBackend
-from moestro.kernels.rotary import rotary_tables
 from tests.kernels.cuda.interpreted.attention_cases import (
     make_shape,
     make_spans,
@@ -23,6 +16,14 @@ from tests.kernels.cuda.interpreted.attention_cases import (
     random_norm,
     reference,
 )
+
+from moestro.kernels.backend import Decodes
+from moestro.kernels.cuda.attention import CudaAttention, make_attention
+from moestro.kernels.cuda.attention_plan import Work, make_plan, plan_decodes
+from moestro.kernels.cuda.attention_tile import AttentionTile, attention_tile, choose_splits
+from moestro.kernels.cuda.paged_attention import attend_
+from moestro.kernels.plain import PlainBackend
+from moestro.kernels.rotary import rotary_tables
 
 SCALE = 0.2
 SMALL = AttentionTile(keys=16, segment=32, warps=4, stages=2)

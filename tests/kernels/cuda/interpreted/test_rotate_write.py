@@ -7,7 +7,7 @@ import torch
 
 from moestro.kernels.cuda.rotate_write import rotate_write_
 from moestro.kernels.rms_norm import rms_norm_reference
-from moestro.kernels.rotary import rotate_reference, rotary_tables
+from moestro.kernels.rotary import rotary_tables, rotate_reference
 
 
 def make(seed, num_tokens, num_heads, num_kv_heads, width, rotary_dim, block_size=4, num_blocks=8):
