@@ -133,7 +133,7 @@ class CudaExperts:
     def tiles(self, num_rows: int) -> tuple[Tile, Tile]:
         """For gate-up and down, which share their tiles' rows."""
         width, model_width = self.shape.width, self.shape.model_width
-        rows = bucket(tile_count(num_rows, self.num_slots))
+        rows = bucket(tile_count(2 * num_rows, self.num_slots))
         fp8 = self.down.scale_oh is not None
         kernels: tuple[Kernel, Kernel] = ("gate_up_fp8", "down_fp8") if fp8 else ("gate_up", "down")
         gate_up = choose_tile(kernels[0], 2 * width, model_width, rows)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 _PAIRS = 128  # of one program
-_TILES = 32  # of one program
+_TILES = 16  # of one program
 _WARPS = 8
 
 
@@ -94,10 +94,10 @@ def place_kernel(
 ):
     pid = tl.program_id(0)
     l = tl.arange(0, L)
-    c = tl.arange(0, 16)
+    c = tl.arange(0, 8)
     total_L = tl.zeros((L,), tl.int32)
     before_L = tl.zeros((L,), tl.int32)  # in the programs before this one
-    for c0 in range(0, num_programs, 16):
+    for c0 in range(0, num_programs, 8):
         histogram_CL = tl.load(
             histogram_ptr + (c0 + c)[:, None] * L + l[None, :], mask=(c0 + c)[:, None] < num_programs, other=0
         )

@@ -17,8 +17,8 @@ from typing import Literal, get_args
 
 Kernel = Literal["linear", "linear_fp32", "gate_up", "down", "gate_up_fp8", "down_fp8"]
 KERNELS: tuple[Kernel, ...] = get_args(Kernel)
-ROWS = (16, 32, 64, 128, 256)
-"""Upper bounds of the buckets of rows (of one expert, on average); the last holds for more, too."""
+ROWS = (16, 32, 64, 128, 256, 512, 1024)
+"""Upper bounds of the buckets of rows; the last holds for more, too. Of experts twice their average: many have more."""
 MAX_PARALLEL_ROWS = 64
 """Rows up to which the parts of a sum are computed by programs of their own. Partial sums of more rows are as many
 bytes as the weight, and there are tiles enough to fill the chip."""
@@ -72,8 +72,10 @@ def default_tile(kernel: Kernel, out_features: int, in_features: int, rows: int)
         return Tile(64, 32, 128, 4, 4)
     if rows <= 64:
         return Tile(64, 64, 64, 4, 5)
-    summed = kernel == "linear" and part_width(out_features, in_features) < in_features  # a second accumulator
-    return Tile(128, 128, 64, 8, 4) if rows <= 128 or summed else Tile(128, 256, 64, 8, 3)
+    parts = kernel == "linear" and part_width(out_features, in_features) < in_features
+    # Sums in parts have a second accumulator; and too much of an expert's last tile would be empty.
+    large = not parts and rows > (128 if kernel == "linear" else 512)
+    return Tile(128, 256, 64, 8, 3) if large else Tile(128, 128, 64, 8, 4)
 
 
 def part_width(out_features: int, in_features: int) -> int:
