@@ -8,7 +8,8 @@ temperature, the best of each chunk after noise was added; the row's token. The 
 from the L2 cache as a rule. A chunk is cut and chunks are joined by the vocabulary's size alone.
 
 The noise is that of ``workers/sampling/noise.py``, whose keys the caller makes: SplitMix64 (Steele, Lea, Flood 2014) as
-a counter. Uniforms are the same bits as there; the two logarithms may differ from torch's in the last place.
+a counter. Uniforms are the same bits as there; the two logarithms are CUDA's own, as torch's are on a GPU, so that a
+row draws the same token in a captured step and in another.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
 _CHUNK = 4096
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _ABSENT = tl.constexpr(0x7FFFFFFF)  # an id beyond every vocabulary
 _GAMMA = tl.constexpr(0x9E3779B97F4A7C15)
 _MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9)
@@ -26,6 +29,19 @@ _MIX_2 = tl.constexpr(0x94D049BB133111EB)
 _UNIFORM_SCALE = tl.constexpr(2.0**-31 * (1.0 - 2.0**-24))
 _LEAST_TEMPERATURE = tl.constexpr(1.1754943508222875e-38)  # smaller ones would divide zero by zero
 _NAN, _PLUS_INF, _ALL_MINUS_INF = tl.constexpr(-1), tl.constexpr(-2), tl.constexpr(-3)
+
+
+@triton.jit
+def log1p_of_negative(u_B):
+    """log1p(-u). On a GPU by CUDA's function, which torch calls too; the interpreter, which has none, takes
+    log(y) * -u / (y - 1) with y = 1 - u as it is rounded (Kahan)."""
+    if _INTERPRETED:
+        y_B = 1.0 - u_B
+        step_B = tl.where(y_B == 1.0, 1.0, y_B - 1.0)
+        log1p_B = tl.where(y_B == 1.0, -u_B, tl.log(y_B) * (-u_B / step_B))
+    else:
+        log1p_B = libdevice.log1p(-u_B)
+    return log1p_B
 
 
 @triton.jit
@@ -38,12 +54,7 @@ def gumbel_of_chunk(key, first_id, BLOCK: tl.constexpr):
     hash_P = hash_P ^ (hash_P >> 31)
     word_B = tl.interleave(hash_P & 0x7FFFFFFF, (hash_P >> 32) & 0x7FFFFFFF).to(tl.int32)
     uniform_B = (word_B.to(tl.float32) + 0.5) * _UNIFORM_SCALE
-    # log1p(-u) = log(y) * -u / (y - 1) with y = 1 - u as it is rounded (Kahan).
-    y_B = 1.0 - uniform_B
-    step_B = y_B - 1.0
-    ratio_B = tl.where(step_B == 0.0, 1.0, -uniform_B / tl.where(step_B == 0.0, 1.0, step_B))
-    log1p_B = tl.where(step_B == 0.0, -uniform_B, tl.log(y_B) * ratio_B)
-    return -tl.log(-log1p_B)
+    return -tl.log(-log1p_of_negative(uniform_B))
 
 
 @triton.jit

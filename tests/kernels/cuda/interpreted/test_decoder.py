@@ -6,6 +6,7 @@ import zlib
 from dataclasses import dataclass
 
 import torch
+from tests.kernels.cuda.interpreted.attention_cases import CPU
 from tests.model.oracle import Driver
 
 from moestro.kernels.backend import Backend
@@ -47,7 +48,7 @@ class RandomSource:
 
     backend: Backend
     dtype: torch.dtype = torch.bfloat16
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     def read_(self, out, name, row=0, column=0):
         assert (row, column) == (0, 0), "one rank"
