@@ -130,7 +130,9 @@ def sort_pairs(slots_TK: Tensor, num_slots: int, rows_of_tile: int) -> tuple[Til
     order_P = torch.empty(num_pairs, dtype=torch.int32, device=device)
     table_3B = torch.empty(3, num_tiles, dtype=torch.int32, device=device)
     slots_TK = slots_TK.contiguous()
-    count_kernel[(programs,)](slots_TK, histogram_CL, num_pairs, L=padded, PAIRS=_PAIRS, num_warps=_WARPS)
+    count_kernel[(programs,)](
+        slots_TK, histogram_CL, num_pairs, L=padded, PAIRS=_PAIRS, num_warps=_WARPS, enable_fp_fusion=False
+    )
     place_kernel[(programs + _count(num_tiles, _TILES),)](
         slots_TK,
         histogram_CL,
@@ -146,6 +148,7 @@ def sort_pairs(slots_TK: Tensor, num_slots: int, rows_of_tile: int) -> tuple[Til
         PAIRS=_PAIRS,
         TILES=_TILES,
         num_warps=_WARPS,
+        enable_fp_fusion=False,
     )
     return Tiles(table_3B, order_P), counts_L
 
@@ -163,6 +166,7 @@ def tiles_of_sorted(counts_L: Tensor, num_rows: int, rows_of_tile: int) -> Tiles
         N=rows_of_tile,
         TILES=_TILES,
         num_warps=_WARPS,
+        enable_fp_fusion=False,
     )
     return Tiles(table_3B, None)
 

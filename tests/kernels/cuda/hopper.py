@@ -6,14 +6,18 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
 MAX_SHARED_BYTES = 227 * 1024  # of one block on an H100 or H200
 
@@ -71,3 +75,43 @@ def compile_for_hopper(
 def _cuobjdump(option: str, binary: Path) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     return subprocess.run([tool, option, binary], capture_output=True, text=True, check=True).stdout
+
+
+class _HopperDriver:
+    """What Triton asks of a driver before it launches."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A launch that was only compiled."""
+
+    kernel: str
+    programs: int
+    binary: Any  # the same object for launches that share one
+
+
+@contextmanager
+def launches_for_hopper(patch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
+    """Within, a launch binds its arguments (CPU tensors will do) and compiles for Hopper as on a GPU; nothing runs."""
+    launches: list[Launch] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> Any:
+        binary = run(self, *args, grid=grid, warmup=True, **options)
+        launches.append(Launch(self.fn.__name__, grid[0], binary))
+        return binary
+
+    with tempfile.TemporaryDirectory() as folder, patch.context() as patched:
+        patched.setenv("TRITON_CACHE_DIR", folder)
+        patched.setattr(driver, "_active", _HopperDriver())
+        patched.setattr(JITFunction, "run", compile_only)
+        yield launches

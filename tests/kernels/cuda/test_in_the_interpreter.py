@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parent
 
 
+@pytest.mark.timeout(900)  # a minute of processor time, of which others may want their share
 def test_interpreted() -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / "interpreted")]
     interpreting = {**os.environ, "TRITON_INTERPRET": "1"}

@@ -125,7 +125,7 @@ def test_a_bias_and_features_that_no_block_divides():
 
 @pytest.mark.parametrize(
     ("num_experts", "top_k", "groups", "kept", "sigmoid"),
-    [(128, 8, 1, 1, False), (8, 2, 1, 1, False), (256, 8, 8, 4, True), (512, 10, 1, 1, False)],
+    [(128, 8, 1, 1, False), (256, 8, 8, 4, True), (512, 10, 1, 1, False)],
 )
 def test_gate(num_experts, top_k, groups, kept, sigmoid):
     given = {
@@ -148,8 +148,8 @@ def test_gate(num_experts, top_k, groups, kept, sigmoid):
     check_small(gate.gate_kernel, given, num_warps=1 if num_experts <= 128 else 4)
 
 
-@pytest.mark.parametrize("padded", [256, 1024])
-def test_rows(padded):
+def test_rows():
+    padded = 1024  # 512 slots
     count = {"slots_ptr": "*i64", "histogram_ptr": "*i32", "num_pairs": "i32", "L": padded, "PAIRS": 128}
     check_small(rows.count_kernel, count, num_warps=8)
     pointers = {"counts_ptr": "*i64", "order_ptr": "*i32", "table_ptr": "*i32"}

@@ -80,8 +80,8 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize(("width", "model_width"), [(40, 72), (8, 264), (136, 24)])
-@pytest.mark.parametrize("counts", [[1, 0, 0, 0], [0, 3, 0, 40], [5, 1, 2, 18]])
+@pytest.mark.parametrize(("width", "model_width"), [(8, 264), (136, 24)])
+@pytest.mark.parametrize("counts", [[1, 0, 0, 0], [0, 3, 0, 20]])
 def test_definition(name, width, model_width, counts):
     experts = make(width, model_width, 4, **FORMATS[name])
     slot_R = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))
@@ -93,7 +93,7 @@ def test_definition(name, width, model_width, counts):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize(("num_tokens", "top_k"), [(1, 4), (5, 3), (33, 4)])
+@pytest.mark.parametrize(("num_tokens", "top_k"), [(1, 4), (33, 4)])
 def test_every_way_to_mix_gives_the_bits_of_its_definition(name, num_tokens, top_k):
     experts = make(24, 56, 6, **FORMATS[name])
     slots_TK, weights_TK, generator = spread(num_tokens, 6, top_k, seed=2)
@@ -130,7 +130,7 @@ def test_a_token_does_not_notice_the_others_nor_the_tiles(name):
     model_width=st.integers(1, 80),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_random_shapes(num_tokens, num_slots, width, model_width, seed):
     experts = make(width, model_width, num_slots, seed)
     top_k = min(num_slots, 3)

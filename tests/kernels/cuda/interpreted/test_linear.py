@@ -32,7 +32,7 @@ def check(linear, x_TI):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("out_features", "in_features"), [(1, 16), (65, 40), (16, 1100)])
-@pytest.mark.parametrize("num_rows", [0, 1, 17, 66])
+@pytest.mark.parametrize("num_rows", [0, 1, 66])
 def test_definition(out_features, in_features, num_rows, dtype):
     linear, generator = make(out_features, in_features, bias=out_features % 2 == 1, dtype=dtype)
     check(linear, torch.randn(num_rows, in_features, generator=generator).to(dtype))
@@ -45,7 +45,7 @@ def test_definition(out_features, in_features, num_rows, dtype):
     bias=st.booleans(),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_random_shapes(out_features, in_features, num_rows, bias, seed):
     linear, generator = make(out_features, in_features, seed, bias=bias)
     check(linear, torch.randn(num_rows, in_features, generator=generator).bfloat16())
@@ -70,7 +70,7 @@ def test_nor_the_tiles(num_rows):
     linear, generator = make(150, 1100)
     x_TI = torch.randn(num_rows, 1100, generator=generator).bfloat16()
     want_TO = linear.apply(x_TI)
-    for tile in [Tile(64, 16, 64, 4, 3), Tile(128, 32, 128, 4, 3), Tile(128, 128, 64, 8, 3), Tile(64, 64, 256, 4, 2)]:
+    for tile in [Tile(64, 16, 256, 4, 2), Tile(128, 32, 128, 4, 3), Tile(128, 128, 64, 8, 3)]:
         assert torch.equal(linear.apply_tiled(x_TI, tile), want_TO), tile
 
 
