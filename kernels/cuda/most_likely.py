@@ -82,7 +82,14 @@ def most_likely(logits_RV: Tensor, normaliser_R2: Tensor, k: int) -> tuple[Tenso
     id_RK = torch.empty(num_rows, k, dtype=torch.int64, device=logits_RV.device)
     logprob_RK = torch.empty(num_rows, k, dtype=torch.float32, device=logits_RV.device)
     first_of_chunk_kernel[(num_rows, num_chunks)](
-        logits_RV, packed_RCK, VOCABULARY=vocabulary, NUM_CHUNKS=num_chunks, K=k, BLOCK=_CHUNK, num_warps=8
+        logits_RV,
+        packed_RCK,
+        VOCABULARY=vocabulary,
+        NUM_CHUNKS=num_chunks,
+        K=k,
+        BLOCK=_CHUNK,
+        num_warps=8,
+        enable_fp_fusion=False,
     )
     first_of_row_kernel[(num_rows,)](
         logits_RV,

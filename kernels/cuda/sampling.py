@@ -170,8 +170,11 @@ def sample_rows(logits_RV: Tensor, temperature_R: Tensor, key_R: Tensor) -> tupl
     device = logits_RV.device
     logits_RV = logits_RV.contiguous()
     num_chunks = triton.cdiv(vocabulary, _CHUNK)
-    best_RC, sum_RC, score_RC = torch.empty(3, num_rows, num_chunks, dtype=torch.float32, device=device)
-    id_RC, drawn_RC = torch.empty(2, num_rows, num_chunks, dtype=torch.int32, device=device)
+    # Each an allocation of its own: a kernel is compiled anew for a pointer that is not a multiple of 16 bytes.
+    best_RC, sum_RC, score_RC = (
+        torch.empty(num_rows, num_chunks, dtype=torch.float32, device=device) for _ in range(3)
+    )
+    id_RC, drawn_RC = (torch.empty(num_rows, num_chunks, dtype=torch.int32, device=device) for _ in range(2))
     code_R = torch.empty(num_rows, dtype=torch.int64, device=device)
     logprob_R = torch.empty(num_rows, dtype=torch.float32, device=device)
     normaliser_R2 = torch.empty(num_rows, 2, dtype=torch.float32, device=device)
