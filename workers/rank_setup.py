@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 
+from moestro.kernels.backend import Backend
 from moestro.kernels.choose import BackendName, choose_backend
 from moestro.protos.errors import ConfigError
 from moestro.protos.sequences import EngineLimits, EngineLoad
@@ -103,9 +104,8 @@ def build_rank(spec: RankSpec, place: GroupPlace | None = None, on_progress: OnP
     checkpoint = open_checkpoint(spec.model)
     dtype = _DTYPES[spec.dtype] or checkpoint.config.dtype
     placements = start_placements(spec.experts, checkpoint.config, spec.shape.world_size)
-    chosen = choose_backend(torch.device(kind), dtype, spec.kernels)
-    log.info("kernels: %s, %s", chosen.backend.name, chosen.reason)
-    load = partial(load_model, checkpoint, dtype=dtype, backend=chosen.backend, on_progress=on_progress)
+    backend = _backend(spec, torch.device(kind), dtype)
+    load = partial(load_model, checkpoint, dtype=dtype, backend=backend, on_progress=on_progress)
     mesh = None
     if place is None:
         if spec.shape.world_size != 1:
@@ -157,6 +157,16 @@ def _over_group(
         problem = Problem(largest, model.top_k, model.hidden_size, dtype, placements[0].capacity)
         log.info("transport of the largest step: %s", choose_transport(problem, parallel.transport.deployment).reason)
     return parallel
+
+
+def _backend(spec: RankSpec, device: torch.device, dtype: torch.dtype) -> Backend:
+    """Raises ConfigError when what was asked for cannot serve."""
+    try:
+        chosen = choose_backend(device, dtype, spec.kernels)
+    except ValueError as error:
+        raise ConfigError(f"rank.{error}") from None
+    log.info("kernels: %s, %s", chosen.backend.name, chosen.reason)
+    return chosen.backend
 
 
 def device_kind(wanted: str) -> DeviceKind:
