@@ -72,6 +72,9 @@ public:
 
     void attend(const Piece& piece) {
         clear(all_, {0, queries_.count});
+        end_ = std::min(piece.stop_segment * kSegment, queries_.position + queries_.count);
+        const int first = first_key(queries_.position, shape_.window) / kChunk * kChunk;
+        fetch(std::max(piece.first_segment * kSegment, first));
         for (int segment = piece.first_segment; segment < piece.stop_segment; ++segment) {
             const int begin = segment * kSegment;
             const Range run = seeing(queries_, shape_.window, begin, begin + kSegment);
@@ -151,6 +154,7 @@ private:
         const Range keys = {seen(begin, run.begin).begin, seen(begin, run.end - 1).end};
         const uint16_t *key_L[kChunk], *value_L[kChunk];
         find(begin, keys, key_L, value_L);
+        fetch(begin + kChunk);
         transpose_keys(key_L, keys.end, shape_.width, keys_pL_);
         const int rows = (run.end - run.begin) * group_, blocks = (rows + kMaxRows - 1) / kMaxRows;
         for (int block = 0; block < blocks; ++block) {
@@ -177,6 +181,21 @@ private:
         }
         std::fill(key_L, key_L + keys.begin, key_L[keys.begin]);
         std::fill(key_L + keys.end, key_L + kChunk, key_L[keys.begin]);
+    }
+
+    // Asks for the keys and values of a chunk before they are needed: a block is too short for the processor to see
+    // by itself what comes next.
+    void fetch(int begin) {
+        const int end = std::min(begin + kChunk, end_);
+        if (begin >= end) return;
+        const uint16_t *key_L[kChunk], *value_L[kChunk];
+        find(begin, {0, end - begin}, key_L, value_L);
+        for (int key = 0; key < end - begin; ++key) {
+            for (int w = 0; w < shape_.width; w += 32) {
+                _mm_prefetch(reinterpret_cast<const char*>(key_L[key] + w), _MM_HINT_T0);
+                _mm_prefetch(reinterpret_cast<const char*>(value_L[key] + w), _MM_HINT_T0);
+            }
+        }
     }
 
     void score(int first, int stop, int num_keys) {
@@ -236,6 +255,7 @@ private:
     const AttentionTensors& tensors_;
     const AttentionShape& shape_;
     const int group_, stride_;
+    int end_ = 0;  // of the piece's keys
     uint32_t* keys_pL_;
     float* scores_RL_;
     Sums segment_, all_;
