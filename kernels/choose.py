@@ -10,7 +10,7 @@ import torch
 from moestro.kernels.backend import Backend
 from moestro.kernels.plain import PlainBackend
 
-BackendName = Literal["auto", "plain"]
+BackendName = Literal["auto", "plain", "cpu", "cuda"]
 NAMES: tuple[BackendName, ...] = get_args(BackendName)
 
 
