@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
@@ -118,9 +118,8 @@ def form_board(
     """
     mine = _offer(rank, size, part_bytes)
     try:
-        offers = [
-            _Offer(**json.loads(text)) for text in _exchange(store, "offer", rank, size, mine.as_json(), timeout_s)
-        ]
+        texts = _exchange(store, "offer", rank, size, json.dumps(asdict(mine)), timeout_s)
+        offers = [_Offer(**json.loads(text)) for text in texts]
         reason = _refusal(offers)
         if reason:
             return NoBoard(reason)
