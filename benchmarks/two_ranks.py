@@ -95,7 +95,7 @@ class Ranks:
             process.kill()
 
     def run(self, prompts: list[list[int]], num_output: int) -> dict[str, float]:
-        """One round's figures: the prompts dealt out to the ranks, from the first rank's beginning to the last's end."""
+        """One round's figures: the prompts dealt out, from the first rank's beginning to the last's end."""
         size = len(self._pipes)
         for rank, pipe in enumerate(self._pipes):
             pipe.send(Batch(prompts[rank::size], num_output))

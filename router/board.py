@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -153,8 +154,8 @@ def _offer(rank: int, size: int, part_bytes: int) -> _Offer:
         if rank == 0:
             descriptor, token = os.memfd_create("moestro-board"), secrets.token_hex(module.TOKEN_BYTES // 2)
             os.ftruncate(descriptor, module.segment_bytes(size, part_bytes))
-            os.pwrite(descriptor, token.encode(), 0)
-    except (build.CannotBuild, OSError) as error:
+            module.prepare(descriptor, size, token)
+    except (OSError, RuntimeError) as error:
         problem = str(error)
     return _Offer(host, os.getpid(), descriptor, token, problem)
 
@@ -169,21 +170,24 @@ def _refusal(offers: list[_Offer]) -> str:
 
 def _open(offers: list[_Offer], rank: int, part_bytes: int, spin_s: float, timeout_s: float) -> Board | NoBoard:
     """Maps the segment that rank 0 offers."""
-    module, owner, peers = build.load(), offers[0], []
+    module, owner = build.load(), offers[0]
     try:
-        segment = os.open(f"/proc/{owner.process}/fd/{owner.descriptor}", os.O_RDWR)
-        try:
+        with ExitStack() as opened:
+
+            def held(descriptor: int) -> int:
+                opened.callback(os.close, descriptor)
+                return descriptor
+
+            segment = held(os.open(f"/proc/{owner.process}/fd/{owner.descriptor}", os.O_RDWR))
             # A process of that number may be another one by now.
             if os.pread(segment, module.TOKEN_BYTES, 0) != owner.token.encode():
                 return NoBoard("the segment of rank 0 is not where it said")
-            peers = [-1 if peer == rank else os.pidfd_open(offer.process) for peer, offer in enumerate(offers)]
+            peers = [-1 if peer == rank else held(os.pidfd_open(offer.process)) for peer, offer in enumerate(offers)]
             nanoseconds = (int(spin_s * 1e9), int(timeout_s * 1e9))
             board: Board = module.Board(segment, rank, len(offers), part_bytes, *nanoseconds, peers)
-        finally:
-            os.close(segment)
+            return board
     except (OSError, RuntimeError) as error:
         return NoBoard(str(error))
-    return board
 
 
 def _exchange(store: Store, name: str, rank: int, size: int, mine: str, timeout_s: float) -> list[str]:

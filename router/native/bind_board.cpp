@@ -144,9 +144,8 @@ PYBIND11_MODULE(_board, m) {
   using namespace moestro;
   using NoGil = pybind11::call_guard<pybind11::gil_scoped_release>;
   m.attr("TOKEN_BYTES") = kTokenBytes;
-  m.attr("PAGE") = kPage;
   m.def("segment_bytes", &Board::segment_bytes);
-  m.def("bytes_needed", &bytes_needed);
+  m.def("prepare", &Board::prepare);
   pybind11::class_<Board>(m, "Board")
       .def(pybind11::init<int, int, int, size_t, int64_t, int64_t, std::vector<int>>())
       .def_property_readonly("rank", &Board::rank)

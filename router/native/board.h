@@ -10,11 +10,13 @@
 #pragma once
 
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -30,6 +32,7 @@ namespace moestro {
 constexpr uint32_t kRing = 4;
 constexpr size_t kTokenBytes = 64;  // at the start of the segment: the name by which ranks know it for the same
 constexpr size_t kPage = 4096;
+constexpr uint32_t kBefore = -64;  // the operation before the first: soon after, every group sees the numbers wrap
 
 // One rank's flags of one kind: two cache lines, since processors fetch them in pairs.
 struct alignas(128) Flags {
@@ -52,14 +55,29 @@ inline int64_t now_ns() {
 
 class Board {
  public:
-  // Maps `fd`. `peers` are pidfds by rank (-1 at `rank` itself), which the board owns from here on.
-  Board(int fd, int rank, int size, size_t part_bytes, int64_t spin_ns, int64_t timeout_ns, std::vector<int> peers)
-      : rank_(rank), size_(size), part_bytes_(part_bytes), spin_ns_(spin_ns), timeout_ns_(timeout_ns), peers_(peers) {
+  // Maps `fd`, and duplicates `peers`, pidfds by rank (-1 at `rank` itself).
+  Board(int fd, int rank, int size, size_t part_bytes, int64_t spin_ns, int64_t timeout_ns,
+        const std::vector<int>& peers)
+      : rank_(rank), size_(size), part_bytes_(part_bytes), spin_ns_(spin_ns), timeout_ns_(timeout_ns) {
     void* base = mmap(nullptr, segment_bytes(size, part_bytes), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (base == MAP_FAILED) throw std::runtime_error(std::string("mmap: ") + strerror(errno));
     base_ = static_cast<char*>(base);
     ranks_ = reinterpret_cast<RankFlags*>(base_ + 2 * kTokenBytes);
+    for (int peer : peers) peers_.push_back(peer < 0 ? -1 : fcntl(peer, F_DUPFD_CLOEXEC, 0));
   }
+
+  // What rank 0 does to a fresh segment before any other rank knows of it.
+  static void prepare(int fd, int size, const std::string& token) {
+    void* heads = mmap(nullptr, heads_bytes(size), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (heads == MAP_FAILED) throw std::runtime_error(std::string("mmap: ") + strerror(errno));
+    memcpy(heads, token.data(), std::min(token.size(), kTokenBytes));
+    auto* ranks = reinterpret_cast<RankFlags*>(static_cast<char*>(heads) + 2 * kTokenBytes);
+    for (int rank = 0; rank < size; ++rank)
+      for (Flags* flags : {&ranks[rank].posted, &ranks[rank].taken})
+        for (auto& number : flags->number) number.store(kBefore, std::memory_order_relaxed);
+    munmap(heads, heads_bytes(size));
+  }
+
   Board(const Board&) = delete;
   Board& operator=(const Board&) = delete;
 
@@ -103,6 +121,7 @@ class Board {
   // Peers that wait for this rank, or will, are told. Own calls fail from now on.
   void close() {
     if (broken_.empty()) broken_ = "this process group is closed";
+    if (getpid() != process_) return;  // a fork that forgets its copy leaves no group
     ranks_[rank_].closed.store(1, std::memory_order_seq_cst);
     for (Flags* flags : {&ranks_[rank_].posted, &ranks_[rank_].taken})
       for (auto& number : flags->number) futex_wake_all(&number);
@@ -168,6 +187,7 @@ class Board {
     throw std::runtime_error(why);
   }
 
+  const pid_t process_ = getpid();
   static constexpr int64_t kLookAfterNs = 50000000;  // how often a sleeper looks whether its peer is alive
 
   int rank_, size_;
@@ -176,7 +196,7 @@ class Board {
   std::vector<int> peers_;
   char* base_;
   RankFlags* ranks_;
-  uint32_t last_ = 0;  // operation begun
+  uint32_t last_ = kBefore;  // operation begun
   std::string broken_;
 };
 
