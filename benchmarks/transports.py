@@ -2,10 +2,10 @@
 
     python -m benchmarks.transports [--rounds 7] [--calls 20] [--top-k 4] [--tokens 1 --tokens 4 ...] [--ranks 2 ...]
 
-Real processes on this machine, one thread each; rows of width 512 in bf16, 16 experts. They take turns call by call, and
-ratios (of shared memory to gather and scatter, of the others to all-to-all) are of one round's medians, so that a machine
-with other work distorts them little. "alone" is shared memory call after call, without the start of ranks that another
-transport let go one after the other.
+Real processes on this machine, one thread each; rows of width 512 in bf16, 16 experts. They take turns call by call,
+and ratios (of shared memory to gather and scatter, of the others to all-to-all) are of one round's medians, so that a
+machine with other work distorts them little. "alone" is shared memory call after call: ranks that another transport
+let go one after the other do not start together.
 "layer" is dispatch, experts of width 256 and combine, at once and in two halves (two-batch overlap).
 
 Legend: T tokens of a rank, D model width, K experts per token, R rows of a rank, N ranks, L slots of a rank.
@@ -127,6 +127,7 @@ def measure(mesh: Mesh, settings: Settings) -> Figures:
         rows = []
         for number in range(-1, settings.rounds):  # round -1 warms up and is not counted
             row = microseconds(variants, settings.calls)
+            row |= microseconds({"alone": variants["shared_memory"]}, 20 * settings.calls)
             row["shared_memory_ratio"] = row["shared_memory"] / row["gather_scatter"]
             row["gather_scatter_ratio"] = row["gather_scatter"] / row["all_to_all"]
             row["fixed_capacity_ratio"] = row["fixed_capacity"] / row["all_to_all"]
