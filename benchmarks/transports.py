@@ -1,9 +1,11 @@
-"""What dispatch and combine cost over gloo, by kind of transport, and whether halves of a batch pay.
+"""What dispatch and combine cost, by kind of transport, and whether halves of a batch pay.
 
     python -m benchmarks.transports [--rounds 7] [--calls 20] [--top-k 4] [--tokens 1 --tokens 4 ...] [--ranks 2 ...]
 
-Real processes on this machine, one thread each; rows of width 512 in bf16, 16 experts. They take
-turns call by call, and ratios are of one round's medians, so that a machine with other work distorts them little.
+Real processes on this machine, one thread each; rows of width 512 in bf16, 16 experts. They take turns call by call,
+and ratios (of shared memory to gather and scatter, of the others to all-to-all) are of one round's medians, so that a
+machine with other work distorts them little. "alone" is shared memory call after call: ranks that another transport
+let go one after the other do not start together.
 "layer" is dispatch, experts of width 256 and combine, at once and in two halves (two-batch overlap).
 
 Legend: T tokens of a rank, D model width, K experts per token, R rows of a rank, N ranks, L slots of a rank.
@@ -31,15 +33,26 @@ from rich.table import Table
 from torch import Tensor
 
 from moestro.kernels.grouped_experts import ExpertShape, GroupedExperts, make_experts
+from moestro.router.board import Board, NoBoard
 from moestro.router.mesh import Mesh, StoreAddress, join, serve_store
 from moestro.router.parallel import GroupShape
 from moestro.router.transport import Transport
 from moestro.router.transports.all_to_all import AllToAllTransport
 from moestro.router.transports.fixed_capacity import FixedCapacityTransport
 from moestro.router.transports.gather_scatter import GatherScatterTransport
+from moestro.router.transports.shared_memory import SharedMemoryTransport
 
 WIDTH, EXPERT_WIDTH, NUM_EXPERTS = 512, 256, 16
+
+
+def board_of(mesh: Mesh) -> Board:
+    if isinstance(mesh.board, NoBoard):
+        raise RuntimeError(f"no shared memory to measure: {mesh.board.reason}")
+    return mesh.board
+
+
 KINDS: dict[str, Callable[[Mesh, int], Transport[Any]]] = {
+    "shared_memory": lambda mesh, capacity: SharedMemoryTransport(board_of(mesh), capacity),
     "all_to_all": lambda mesh, capacity: AllToAllTransport(mesh.world, capacity),
     "gather_scatter": lambda mesh, capacity: GatherScatterTransport(mesh.world, capacity),
     "fixed_capacity": lambda mesh, capacity: FixedCapacityTransport(mesh.world, capacity),
@@ -114,6 +127,8 @@ def measure(mesh: Mesh, settings: Settings) -> Figures:
         rows = []
         for number in range(-1, settings.rounds):  # round -1 warms up and is not counted
             row = microseconds(variants, settings.calls)
+            row |= microseconds({"alone": variants["shared_memory"]}, 20 * settings.calls)
+            row["shared_memory_ratio"] = row["shared_memory"] / row["gather_scatter"]
             row["gather_scatter_ratio"] = row["gather_scatter"] / row["all_to_all"]
             row["fixed_capacity_ratio"] = row["fixed_capacity"] / row["all_to_all"]
             row["halves_ratio"] = row["layer_in_2"] / row["layer_in_1"]
@@ -157,8 +172,15 @@ def main(
     """Measures, prints a table, writes JSON."""
     settings = Settings(tuple(tokens), top_k, rounds, calls)
     results = {str(size): over(size, settings) for size in ranks}
-    table = Table(title=f"dispatch + combine over gloo, top-{top_k}, microseconds: median of {rounds} rounds (range)")
-    columns = (*KINDS, "gather_scatter_ratio", "fixed_capacity_ratio", "layer_in_1", "halves_ratio")
+    table = Table(title=f"dispatch + combine, top-{top_k}, microseconds: median of {rounds} rounds (range)")
+    columns = (
+        *KINDS,
+        "shared_memory_ratio",
+        "gather_scatter_ratio",
+        "fixed_capacity_ratio",
+        "layer_in_1",
+        "halves_ratio",
+    )
     for column in ("ranks", "tokens", *columns):
         table.add_column(column, justify="right")
     for size, by_tokens in results.items():

@@ -104,7 +104,7 @@ class ExpertsConfig(Section):
     ranks_per_node: int = Field(
         default=0, ge=0, le=1024, description="Ranks of a group on one node, which replicas prefer. 0: all of them."
     )
-    transport: Literal["auto", "all_to_all", "gather_scatter", "fixed_capacity", "deep_ep"] = Field(
+    transport: Literal["auto", "shared_memory", "all_to_all", "gather_scatter", "fixed_capacity", "deep_ep"] = Field(
         default="auto",
         description="How rows travel between ranks. auto: by the size of each step. One that cannot serve is refused.",
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from moestro.router.board import NoBoard
 from moestro.router.mesh import Mesh
 from moestro.router.placement import Placement, spread
 from moestro.router.transport import LocalTransport, Transport
@@ -16,6 +17,7 @@ from moestro.router.transports.by_call import ByCallTransport
 from moestro.router.transports.choose import Deployment, TransportKind
 from moestro.router.transports.fixed_capacity import FixedCapacityTransport
 from moestro.router.transports.gather_scatter import GatherScatterTransport
+from moestro.router.transports.shared_memory import SharedMemoryTransport
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,8 @@ def over_group(
         device="cuda" if mesh.device.type == "cuda" else "cpu",
         backends=frozenset({"gloo"} | ({"nccl"} if dist.is_nccl_available() else set())),
         captured_tokens=captured_tokens,
+        board_bytes=0 if isinstance(mesh.board, NoBoard) else mesh.board.part_bytes,
+        no_board=mesh.board.reason if isinstance(mesh.board, NoBoard) else "",
         deep_ep=deep_ep.is_installed(),
         deep_ep_tokens=deep_ep_tokens,
         asked_for=transport,
@@ -67,6 +71,8 @@ def transport_over(mesh: Mesh, deployment: Deployment, capacity: int) -> ByCallT
         "all_to_all": AllToAllTransport(mesh.world, capacity),
         "fixed_capacity": FixedCapacityTransport(mesh.world, capacity),
     }
+    if not isinstance(mesh.board, NoBoard):
+        transports["shared_memory"] = SharedMemoryTransport(mesh.board, capacity)
     if deployment.asked_for == "deep_ep" and deployment.deep_ep:
         transports["deep_ep"] = deep_ep.DeepEPTransport(mesh.control, capacity, deployment.deep_ep_tokens)
     return ByCallTransport(transports, deployment, capacity)

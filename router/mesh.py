@@ -9,8 +9,8 @@ The store is a TCPStore whose server lives outside the ranks, so that no rank is
 
 from __future__ import annotations
 
+import logging
 import socket
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -20,10 +20,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # where torch's own types for them are
 
+from moestro.router.board import Board, BoardCollectives, NoBoard, form_board
+from moestro.router.collectives import Collectives
 from moestro.router.parallel import GroupShape, NoTensorParallel, TensorParallel
-from moestro.router.transport import Arrival
 
 DeviceKind = Literal["cpu", "cuda"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,64 +61,6 @@ def serve_store(host: str = "127.0.0.1", timeout_s: float = 60.0) -> tuple[TCPSt
     return store, address
 
 
-class Collectives:
-    """One process group. Every rank of it calls the same methods in the same order, from one thread at a time.
-
-    Raises RuntimeError when a peer is gone, the group's timeout passes, or it was closed; it is then broken for good.
-    """
-
-    def __init__(self, rank: int, size: int, backend: Any) -> None:
-        # backend: ProcessGroupGloo or ProcessGroupNCCL, Any since their stubs differ between torch versions
-        self.rank, self.size, self._backend = rank, size, backend
-
-    @property
-    def backend(self) -> Any:
-        if self._backend is None:
-            raise RuntimeError("this process group is closed")
-        return self._backend
-
-    def start_all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Arrival[Tensor]:
-        """Rows ``x[sum(send[:p]) : ][: send[p]]`` go to rank p; what rank p sent arrives at the same place by
-        ``receive``. ``x`` is [sum(send), D] with D ≥ 1, the result [sum(receive), D]. Rows travel as bytes, since not
-        every backend knows every dtype. Under way when this returns: over gloo on threads of its own, over NCCL on a
-        stream of its own, where the arrival makes the current stream wait and not the host."""
-        bytes_in = x.contiguous().view(torch.uint8)
-        bytes_out = torch.empty(sum(receive), bytes_in.shape[1], dtype=torch.uint8, device=x.device)
-        work = self.backend.alltoall_base(bytes_out, bytes_in, list(receive), list(send))
-
-        def arrived() -> Tensor:
-            work.wait()
-            return bytes_out.view(x.dtype)
-
-        return arrived
-
-    def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        """``start_all_to_all``, awaited."""
-        return self.start_all_to_all(x, send, receive)()
-
-    def start_gather_rows(self, x_TD: Tensor, num_rows_N: Sequence[int]) -> Arrival[Tensor]:
-        """Every rank's rows on every rank, in order of rank; rank p has ``num_rows_N[p]`` of them."""
-        # An all-to-all of copies takes one round where gloo's all-gather goes round a ring in size - 1.
-        return self.start_all_to_all(x_TD.repeat(self.size, 1), (x_TD.shape[0],) * self.size, num_rows_N)
-
-    def all_gather(self, x: Tensor) -> Tensor:
-        """[size, *x.shape]: every rank's ``x``, all of one shape."""
-        if x.numel() == 0:
-            return x.new_empty((self.size, *x.shape))
-        return self.start_gather_rows(x.reshape(1, -1), (1,) * self.size)().view(self.size, *x.shape)
-
-    def broadcast_(self, x: Tensor, root: int) -> Tensor:
-        """Overwrites ``x`` with the root's."""
-        self.backend.broadcast(x, root).wait()
-        return x
-
-    def close(self) -> None:
-        """Peers that wait for this rank, or will, see a lost connection. A second call does nothing."""
-        backend, self._backend = self._backend, None
-        if backend is not None:
-            backend.shutdown()  # does nothing in gloo, whose connections close when its last reference is gone
-
-
 @dataclass(frozen=True, slots=True)
 class MeshTensorParallel:
     """TensorParallel over a process group."""
@@ -131,12 +76,7 @@ class MeshTensorParallel:
         return self.collectives.size
 
     def sum(self, x: Tensor) -> Tensor:
-        """Gathers, adds in rank order in fp32, casts back: the order does not depend on how the backend reduces."""
-        parts = self.collectives.all_gather(x)
-        total = parts[0].float()
-        for part in parts[1:]:
-            total = total + part.float()
-        return total.to(x.dtype)
+        return self.collectives.sum(x)
 
     def gather(self, x: Tensor, dim: int = -1) -> Tensor:
         return torch.cat(self.collectives.all_gather(x).unbind(0), dim=dim)
@@ -145,7 +85,8 @@ class MeshTensorParallel:
 @dataclass(frozen=True, slots=True)
 class Mesh:
     """A rank's place in a group of one epoch. ``world`` and ``tp`` carry tensors on ``device``; ``control`` and
-    ``tp_control`` carry small host tensors over gloo, whatever the device."""
+    ``tp_control`` carry small host tensors, whatever the device. ``board`` is what all ranks share where they are on
+    one host and compute on its processors."""
 
     shape: GroupShape
     rank: int
@@ -155,6 +96,7 @@ class Mesh:
     control: Collectives
     tp: TensorParallel
     tp_control: Collectives | None  # None in a tensor-parallel set of one
+    board: Board | NoBoard
 
     def _collectives(self) -> list[Collectives]:
         tp = [self.tp.collectives] if isinstance(self.tp, MeshTensorParallel) else []
@@ -195,21 +137,26 @@ def join(
     device = torch.device(device_kind, device_index) if device_kind == "cuda" else torch.device("cpu")
     dp_rank, tp_rank = shape.dp_rank(rank), shape.tp_rank(rank)
 
-    def group(name: str, kind: DeviceKind, its_rank: int, size: int) -> Collectives:
+    def group(name: str, kind: DeviceKind, its_rank: int, size: int) -> tuple[Collectives, Board | NoBoard]:
         prefixed = PrefixStore(f"epoch/{epoch}/{name}", store)
         timeout = timedelta(seconds=timeout_s)
         if kind == "cuda":
-            return Collectives(its_rank, size, _nccl(prefixed, its_rank, size, timeout, device))
-        return Collectives(its_rank, size, _gloo(prefixed, its_rank, size, timeout, hostname, interface))
+            nccl = _nccl(prefixed, its_rank, size, timeout, device)
+            return Collectives(its_rank, size, nccl), NoBoard("the ranks compute on CUDA devices")
+        gloo = Collectives(its_rank, size, _gloo(prefixed, its_rank, size, timeout, hostname, interface))
+        board = form_board(prefixed, its_rank, size, ranks_here=shape.world_size, timeout_s=timeout_s)
+        return (gloo if isinstance(board, NoBoard) else BoardCollectives(board, gloo)), board
 
     tp: TensorParallel = NoTensorParallel()
     tp_control = None
-    world = group("world", device_kind, rank, shape.world_size)
-    control = group("control", "cpu", rank, shape.world_size)
+    world, board = group("world", device_kind, rank, shape.world_size)
+    control, _ = group("control", "cpu", rank, shape.world_size)
     if shape.tp > 1:
-        tp = MeshTensorParallel(group(f"tp/{dp_rank}", device_kind, tp_rank, shape.tp))
-        tp_control = group(f"tp_control/{dp_rank}", "cpu", tp_rank, shape.tp)
-    return Mesh(shape, rank, epoch, device, world, control, tp, tp_control)
+        tp = MeshTensorParallel(group(f"tp/{dp_rank}", device_kind, tp_rank, shape.tp)[0])
+        tp_control, _ = group(f"tp_control/{dp_rank}", "cpu", tp_rank, shape.tp)
+    if isinstance(board, NoBoard):
+        log.info("the ranks of this group share no memory: %s", board.reason)
+    return Mesh(shape, rank, epoch, device, world, control, tp, tp_control, board)
 
 
 def _gloo(store: Store, rank: int, size: int, timeout: timedelta, hostname: str, interface: str) -> Any:

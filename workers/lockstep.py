@@ -26,7 +26,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from moestro.router.mesh import Collectives, Mesh, StoreAddress
+from moestro.router.collectives import Collectives
+from moestro.router.mesh import Mesh, StoreAddress
 
 INLINE_BYTES = 4096
 """Size of the first broadcast to tensor-parallel peers; an inbox that does not fit takes a second one."""

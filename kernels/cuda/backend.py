@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moestro.kernels.backend import AttentionShape, HeadNorm
+from moestro.kernels.backend import AttentionShape, HeadNorm, LayerParts
 from moestro.kernels.cuda import gate
 from moestro.kernels.cuda.attention import CudaAttention, make_attention
 from moestro.kernels.cuda.experts import make_cuda_experts

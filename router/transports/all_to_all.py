@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moestro.router.mesh import Collectives
+from moestro.router.collectives import Collectives
 from moestro.router.transport import Arrival, Dispatched, Transport
 from moestro.router.transports.rows import (
     check_own_tokens,

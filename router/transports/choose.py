@@ -15,7 +15,7 @@ import torch
 
 from moestro.protos.errors import ConfigError
 
-TransportKind = Literal["local", "gather_scatter", "all_to_all", "fixed_capacity", "deep_ep"]
+TransportKind = Literal["local", "shared_memory", "gather_scatter", "all_to_all", "fixed_capacity", "deep_ep"]
 KINDS: tuple[TransportKind, ...] = get_args(TransportKind)
 
 _DEEP_EP_WIDTHS = (2048, 2560, 3072, 4096, 5120, 6144, 7168, 8192)
@@ -48,6 +48,11 @@ class Problem:
         needless = (1 - 1 / self.num_ranks) ** self.top_k
         return sum(self.num_tokens_N) * needless * self.width * self.dtype.itemsize
 
+    @property
+    def board_bytes(self) -> int:
+        """What the busiest rank puts on a board: every pair's row and slot, and what rounding the slots takes."""
+        return max(self.num_tokens_N) * self.top_k * (self.width * self.dtype.itemsize + 4) + 64
+
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
@@ -56,6 +61,8 @@ class Deployment:
     device: Literal["cpu", "cuda"] = "cpu"
     backends: frozenset[str] = frozenset({"gloo"})  # process groups that can be had: gloo, nccl
     captured_tokens: int = 0  # of the busiest rank, up to which any rank may have captured the step as a CUDA graph
+    board_bytes: int = 0  # that a rank can put on the board of the group; 0 for none
+    no_board: str = "the ranks share no memory"  # why there is none
     deep_ep: bool = False  # installed
     deep_ep_tokens: int = 0  # of a rank in one dispatch, that its buffer is made for
     asked_for: TransportKind | None = None
@@ -113,6 +120,7 @@ def _wishes(problem: Problem, deployment: Deployment) -> dict[TransportKind, _Wi
     captured = "the step may be captured" if is_captured else "the step is not captured: padding would buy nothing"
     return {
         "local": _Wish(True, "one rank holds every slot"),
+        "shared_memory": _Wish(True, "the ranks share the memory of one host: no message is sent"),
         "gather_scatter": _Wish(small, figures),
         "all_to_all": _Wish(not small, figures),
         "fixed_capacity": _Wish(is_captured, captured),
@@ -150,6 +158,18 @@ def _not_local(problem: Problem, deployment: Deployment) -> str:
     return "" if problem.num_ranks == 1 else f"the slots lie on {problem.num_ranks} ranks"
 
 
+def _no_board(problem: Problem, deployment: Deployment) -> str:
+    if deployment.device != "cpu":
+        return f"it needs ranks on cpu, not on {deployment.device}"
+    if not deployment.board_bytes:
+        return f"there is no board: {deployment.no_board}"
+    if problem.dtype not in (torch.bfloat16, torch.float32):
+        return f"it adds up bfloat16 and float32, not {str(problem.dtype).removeprefix('torch.')}"
+    if problem.board_bytes > deployment.board_bytes:
+        return f"a rank's part of the board holds {deployment.board_bytes} bytes, not {problem.board_bytes}"
+    return ""
+
+
 def _no_deep_ep(problem: Problem, deployment: Deployment) -> str:
     """The bounds are DeepEP's own, as its host code asserts them."""
     if not deployment.deep_ep:
@@ -170,6 +190,7 @@ def _no_deep_ep(problem: Problem, deployment: Deployment) -> str:
 
 _REFUSALS: dict[TransportKind, Callable[[Problem, Deployment], str]] = {
     "local": _not_local,
+    "shared_memory": _no_board,
     "gather_scatter": _waits,
     "all_to_all": _waits,
     "fixed_capacity": _no_group,

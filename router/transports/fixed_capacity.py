@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from moestro.router.mesh import Collectives
+from moestro.router.collectives import Collectives
 from moestro.router.transport import Arrival, Dispatched, Transport
 from moestro.router.transports.rows import check_own_tokens, local_slots, pack, sort_rows, sum_at_home, unpack
 

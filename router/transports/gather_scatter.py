@@ -15,7 +15,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from moestro.router.mesh import Collectives
+from moestro.router.collectives import Collectives
 from moestro.router.transport import Arrival, Dispatched, Transport
 from moestro.router.transports.all_to_all import RowsHandle, return_rows
 from moestro.router.transports.rows import check_own_tokens, count, home_positions, local_slots, pack, sort_rows, unpack

@@ -33,7 +33,8 @@ def test_a_mixture_layer_in_halves_is_the_layer_at_once(tmp_path: Path) -> None:
     """With a shared expert, by every kind, tokens uneven over ranks: the bits of one rank that holds all experts."""
     save_model(make_model("qwen2_moe", seed=7), tmp_path)
     results = run_processes(f"{RANKS}:check_mixture_layer", 3, {"model": str(tmp_path)})
-    assert [result["kinds"] for result in results] == [["all_to_all", "fixed_capacity", "gather_scatter", "none"]] * 3
+    kinds = ["shared_memory", "all_to_all", "fixed_capacity", "gather_scatter", "none"]
+    assert [result["kinds"] for result in results] == [kinds] * 3
     for result in results:
         assert result["dispatches"] == {"1": 1, "2": 2}, "halves were meant to be two dispatches"
         assert 0 < result["wait_s"] < 30

@@ -26,6 +26,7 @@ from tests.router.cases import (
 from torch import Tensor
 
 from moestro.kernels.grouped_experts import GroupedExperts, mix_sorted
+from moestro.router.board import Board, NoBoard
 from moestro.router.expert_parallel import over_group
 from moestro.router.mesh import Mesh, MeshTensorParallel, StoreAddress, join
 from moestro.router.parallel import GroupShape
@@ -36,11 +37,19 @@ from moestro.router.transports.choose import TransportKind
 from moestro.router.transports.deep_ep import DeepEPTransport
 from moestro.router.transports.fixed_capacity import FixedCapacityTransport
 from moestro.router.transports.gather_scatter import GatherScatterTransport
+from moestro.router.transports.shared_memory import SharedMemoryTransport
 from moestro.workers.loading import load_model
 from moestro.workers.model.decoder import Decoder
 from moestro.workers.model.moe import MoeMlp
 
+
+def board_of(mesh: Mesh) -> Board:
+    assert not isinstance(mesh.board, NoBoard), mesh.board.reason
+    return mesh.board
+
+
 KINDS: dict[str, Callable[[Mesh, int], Transport[Any]]] = {
+    "shared_memory": lambda mesh, capacity: SharedMemoryTransport(board_of(mesh), capacity),
     "all_to_all": lambda mesh, capacity: AllToAllTransport(mesh.world, capacity),
     "gather_scatter": lambda mesh, capacity: GatherScatterTransport(mesh.world, capacity),
     "fixed_capacity": lambda mesh, capacity: FixedCapacityTransport(mesh.world, capacity),
@@ -194,7 +203,7 @@ def check_mixture_layer(rank: int, world_size: int, address: StoreAddress, model
     config, alone = whole.config, _mixture_layer(whole)
     alone.bank.experts = OneRowAtATime(alone.bank.experts)
     seen: dict[str, Any] = {"kinds": [], "dispatches": {}}
-    kinds: list[TransportKind | None] = ["all_to_all", "fixed_capacity", "gather_scatter", None]
+    kinds: list[TransportKind | None] = ["shared_memory", "all_to_all", "fixed_capacity", "gather_scatter", None]
     with join(GroupShape(world_size), rank, address.connect(30), timeout_s=30) as mesh, torch.inference_mode():
         for kind in kinds:
             for two_batches_from in (None, 2):

@@ -27,8 +27,8 @@ from moestro.kernels.grouped_experts import (
     make_experts,
 )
 from moestro.protos.sequences import SamplingParams, SequenceRequest
+from moestro.router.collectives import Collectives
 from moestro.router.expert_parallel import all_here
-from moestro.router.mesh import Collectives
 from moestro.router.parallel import NoTensorParallel
 from moestro.router.transport import LocalTransport
 from moestro.router.transports.all_to_all import AllToAllTransport

@@ -15,6 +15,7 @@ from moestro.router.transports.choose import KINDS, Deployment, Problem, choose_
 SMALL = Problem((16, 16, 16, 16), 4, 512, torch.bfloat16, 4)
 LARGE = replace(SMALL, num_tokens_N=(4096, 4096, 4096, 4096))
 GLOO = Deployment()
+ONE_HOST = Deployment(board_bytes=2**20)
 NCCL = Deployment("cuda", frozenset({"gloo", "nccl"}))
 WITH_DEEP_EP = replace(NCCL, deep_ep=True, deep_ep_tokens=64, asked_for="deep_ep")
 FITS_DEEP_EP = Problem((1, 64), 4, 4096, torch.bfloat16, 8)
@@ -24,6 +25,8 @@ FITS_DEEP_EP = Problem((1, 64), 4, 4096, torch.bfloat16, 8)
     ("problem", "deployment", "kind", "reason"),
     [
         (replace(SMALL, num_tokens_N=(4,)), GLOO, "local", "one rank holds every slot"),
+        (SMALL, ONE_HOST, "shared_memory", "the ranks share the memory of one host"),
+        (LARGE, ONE_HOST, "all_to_all", "a gather brings a rank some 5308416 bytes too many"),
         (SMALL, GLOO, "gather_scatter", "a gather brings a rank some 20736 bytes too many"),
         (LARGE, GLOO, "all_to_all", "a gather brings a rank some 5308416 bytes too many"),
         (replace(SMALL, num_tokens_N=(0, 0)), GLOO, "gather_scatter", "some 0 bytes"),
@@ -46,6 +49,22 @@ def test_what_is_taken_and_why(problem: Problem, deployment: Deployment, kind: s
     [
         (SMALL, replace(GLOO, asked_for="local"), "the slots lie on 4 ranks"),
         (SMALL, replace(GLOO, asked_for="deep_ep"), "deep_ep is not installed"),
+        (
+            SMALL,
+            Deployment(asked_for="shared_memory", no_board="rank 1: no compiler"),
+            "there is no board: rank 1: no com",
+        ),
+        (
+            LARGE,
+            replace(ONE_HOST, asked_for="shared_memory"),
+            "a rank's part of the board holds 1048576 bytes, not 16842816",
+        ),
+        (SMALL, replace(ONE_HOST, device="cuda", asked_for="shared_memory"), "it needs ranks on cpu, not on cuda"),
+        (
+            replace(SMALL, dtype=torch.float16),
+            replace(ONE_HOST, asked_for="shared_memory"),
+            "it adds up bfloat16 and float32, not float16",
+        ),
         (FITS_DEEP_EP, replace(WITH_DEEP_EP, device="cpu"), "it needs cuda, the ranks are on cpu"),
         (replace(FITS_DEEP_EP, dtype=torch.float32), WITH_DEEP_EP, "it carries bfloat16, not float32"),
         (replace(FITS_DEEP_EP, width=512), WITH_DEEP_EP, "it serves model widths 2048, .*, not 512"),
@@ -63,9 +82,7 @@ def test_what_was_asked_for_and_cannot_serve_is_refused(problem: Problem, deploy
 
 
 def test_where_none_can_serve_each_says_why() -> None:
-    with pytest.raises(
-        ConfigError, match=r"transport: none can serve: local: the slots lie on 4 ranks; gather_sc.*nccl"
-    ):
+    with pytest.raises(ConfigError, match=r"none can serve: local: the slots lie on 4 ranks; .*; gather_scatter.*nccl"):
         choose_transport(SMALL, replace(NCCL, backends=frozenset()))
 
 
@@ -82,6 +99,8 @@ DEPLOYMENTS = st.builds(
     st.sampled_from(("cpu", "cuda")),
     st.sampled_from((frozenset({"gloo"}), frozenset({"gloo", "nccl"}))),
     st.integers(0, 200),
+    st.sampled_from((0, 2**16, 2**24)),
+    st.just("no reason"),
     st.booleans(),
     st.integers(0, 200),
     st.sampled_from((None, *KINDS)),

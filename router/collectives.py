@@ -1,0 +1,80 @@
+"""What the ranks of a group do together: one process group, or memory that they share.
+
+Legend: T tokens, D width, N ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moestro.router.transport import Arrival
+
+
+class Collectives:
+    """One process group. Every rank of it calls the same methods in the same order, from one thread at a time.
+
+    Raises RuntimeError when a peer is gone, the group's timeout passes, or it was closed; it is then broken for good.
+    """
+
+    def __init__(self, rank: int, size: int, backend: Any) -> None:
+        # backend: ProcessGroupGloo or ProcessGroupNCCL, Any since their stubs differ between torch versions
+        self.rank, self.size, self._backend = rank, size, backend
+
+    @property
+    def backend(self) -> Any:
+        if self._backend is None:
+            raise RuntimeError("this process group is closed")
+        return self._backend
+
+    def start_all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Arrival[Tensor]:
+        """Rows ``x[sum(send[:p]) : ][: send[p]]`` go to rank p; what rank p sent arrives at the same place by
+        ``receive``. ``x`` is [sum(send), D] with D ≥ 1, the result [sum(receive), D]. Rows travel as bytes, since not
+        every backend knows every dtype. Under way when this returns: over gloo on threads of its own, over NCCL on a
+        stream of its own, where the arrival makes the current stream wait and not the host."""
+        bytes_in = x.contiguous().view(torch.uint8)
+        bytes_out = torch.empty(sum(receive), bytes_in.shape[1], dtype=torch.uint8, device=x.device)
+        work = self.backend.alltoall_base(bytes_out, bytes_in, list(receive), list(send))
+
+        def arrived() -> Tensor:
+            work.wait()
+            return bytes_out.view(x.dtype)
+
+        return arrived
+
+    def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        """``start_all_to_all``, awaited."""
+        return self.start_all_to_all(x, send, receive)()
+
+    def start_gather_rows(self, x_TD: Tensor, num_rows_N: Sequence[int]) -> Arrival[Tensor]:
+        """Every rank's rows on every rank, in order of rank; rank p has ``num_rows_N[p]`` of them."""
+        # An all-to-all of copies takes one round where gloo's all-gather goes round a ring in size - 1.
+        return self.start_all_to_all(x_TD.repeat(self.size, 1), (x_TD.shape[0],) * self.size, num_rows_N)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """[size, *x.shape]: every rank's ``x``, all of one shape."""
+        if x.numel() == 0:
+            return x.new_empty((self.size, *x.shape))
+        return self.start_gather_rows(x.reshape(1, -1), (1,) * self.size)().view(self.size, *x.shape)
+
+    def broadcast_(self, x: Tensor, root: int) -> Tensor:
+        """Overwrites ``x`` with the root's."""
+        self.backend.broadcast(x, root).wait()
+        return x
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Gathers, adds in rank order in fp32, casts back: the order does not depend on how the backend reduces."""
+        parts = self.all_gather(x)
+        total = parts[0].float()
+        for part in parts[1:]:
+            total = total + part.float()
+        return total.to(x.dtype)
+
+    def close(self) -> None:
+        """Peers that wait for this rank, or will, see a lost connection. A second call does nothing."""
+        backend, self._backend = self._backend, None
+        if backend is not None:
+            backend.shutdown()  # does nothing in gloo, whose connections close when its last reference is gone
