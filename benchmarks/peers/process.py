@@ -26,6 +26,14 @@ class WorkerFailed(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Turn:
+    """One answer, and how many cores others kept busy meanwhile: what to doubt a figure by."""
+
+    answer: dict[str, Any]
+    others_cores: float
+
+
+@dataclass(frozen=True, slots=True)
 class Memory:
     """Bytes over all processes of a worker. ``resident`` counts mapped pages of weight files too."""
 
@@ -52,23 +60,24 @@ class Worker:
             )
         self._stop()
 
-    def ask(self, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+    def ask(self, request: Mapping[str, Any], timeout_s: float) -> Turn:
         """The answer to ``request``. Raises WorkerFailed, after ending the worker, if it is not a good one in time."""
+        start, others = time.monotonic(), self._others_s()
         try:
             with self._awake():
                 assert self._process.stdin is not None
                 self._process.stdin.write(json.dumps(request).encode() + b"\n")
                 self._process.stdin.flush()
-                answer: dict[str, Any] = json.loads(self._line(time.monotonic() + timeout_s))
+                answer: dict[str, Any] = json.loads(self._line(start + timeout_s))
             if not answer.pop("ok"):
                 raise WorkerFailed(answer["error"])
+            return Turn(answer, max(0.0, self._others_s() - others) / (time.monotonic() - start))
         except (OSError, ValueError) as error:
             self.kill()
             raise WorkerFailed(f"{error}: {self._last_words()}") from error
         except WorkerFailed:
             self.kill()
             raise
-        return answer
 
     def memory(self) -> Memory:
         """Of the worker while it is stopped."""
@@ -89,7 +98,7 @@ class Worker:
         self._process.wait()
 
     def _line(self, deadline: float) -> bytes:
-        """The next line of stdout. Raises TimeoutError or EOFError."""
+        """The next line of stdout. Raises OSError when there is none in time, or ever."""
         assert self._process.stdout is not None
         descriptor = self._process.stdout.fileno()
         with selectors.DefaultSelector() as selector:
@@ -123,6 +132,14 @@ class Worker:
         with contextlib.suppress(psutil.Error):
             return psutil.Process(self._process.pid).children(recursive=True)
         return []
+
+    def _others_s(self) -> float:
+        """Core seconds since boot that were not this worker's own."""
+        times = psutil.cpu_times()
+        busy = sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
+        with contextlib.suppress(psutil.Error):
+            busy -= sum(psutil.Process(self._process.pid).cpu_times()[:4])
+        return float(busy)
 
     def _last_words(self) -> str:
         lines = self._log.read_text(errors="replace").strip().splitlines()

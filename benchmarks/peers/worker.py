@@ -11,9 +11,11 @@ way before it is imported. Standard library only, besides the engine.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Mapping
@@ -62,7 +64,14 @@ def serve(location: str, requests: IO[str], answers: IO[str]) -> None:
         answers.flush()
 
 
+def end_with_parent() -> None:
+    """A stopped worker cannot notice that its parent is gone; the kernel can (Linux: PR_SET_PDEATHSIG)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(1, signal.SIGKILL)
+
+
 def main() -> None:
+    end_with_parent()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     serve(sys.argv[1], sys.stdin, answers)
