@@ -22,6 +22,7 @@ from benchmarks.rounds import spread
 from rich.console import Console
 from rich.table import Table
 
+from moestro.kernels.plain import PlainBackend
 from moestro.workers.loading import load_model
 from moestro.workers.rank_setup import RankSpec, build_engine
 
@@ -57,8 +58,8 @@ def main(
     for name in models.split(","):
         path = checkpoint(name, folder)
         spec = RankSpec(model=str(path), kv_bytes=2**29, max_num_tokens=4096)
-        model = load_model(path)
-        engines = [build_engine(spec, each, torch.device("cpu")) for each in (model, noninvariant(model))]
+        models = load_model(path), noninvariant(load_model(path, backend=PlainBackend()))
+        engines = [build_engine(spec, model, torch.device("cpu")) for model in models]
         for batch in map(int, batches.split(",")):
             rows = []
             for number in range(-1, rounds):  # round -1 warms both up and is not counted
@@ -69,7 +70,7 @@ def main(
                     timings[index], _ = run_batch(engines[index], prompts, OUTPUT_TOKENS)
                 rows.append(figures(timings[0], timings[1], batch * prompt))
             results.append({"model": name, "batch": batch, "tokens_per_s": spread(rows[1:])})
-        del engines, model
+        del engines, models
     report(results)
     output.parent.mkdir(parents=True, exist_ok=True)
     settings = {"prompt_tokens": prompt, "output_tokens": OUTPUT_TOKENS, "threads": threads, "rounds": rounds}

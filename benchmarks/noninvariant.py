@@ -13,16 +13,17 @@ from benchmarks.noninvariant_attention import SdpaPlan, plan_sdpa, sdpa_attentio
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from moestro.kernels.grouped_experts import Expert
+from moestro.kernels.backend import Spans
+from moestro.kernels.grouped_experts import Expert, mix_sorted
 from moestro.kernels.linear import PackedLinear, PlainLinear
 from moestro.kernels.paged_attention import write_kv_
+from moestro.kernels.rms_norm import rms_norm
 from moestro.kernels.rotary import rotate
-from moestro.workers.batch import Batch, CacheTables
 from moestro.workers.kv_cache import LayerCache
 from moestro.workers.model.attention import Attention
 from moestro.workers.model.decoder import Decoder
 from moestro.workers.model.mlp import DenseMlp
-from moestro.workers.model.moe import ExpertBank
+from moestro.workers.model.moe import ExpertBank, LocalMixture
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,10 @@ class AnyRowsExperts:
         pieces = torch.split_with_sizes(fused_swiglu(hidden_R2I), [counts[e] for e in used])
         return torch.cat([self.expert_L[e].down.apply(x) for e, x in zip(used, pieces, strict=True)])
 
+    def mix(self, x_TD: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+        experts: Any = self
+        return mix_sorted(experts, len(self.expert_L), x_TD, slots_TK, weights_TK)
+
 
 def fused_swiglu(gate_up_R2I: Tensor) -> Tensor:
     gate_RI, up_RI = gate_up_R2I.chunk(2, -1)
@@ -78,22 +83,27 @@ class SdpaAttention:
         num_tokens, num_heads = x_TM.shape[0], block.heads.num_heads
         qkv_TND = self.qkv.apply(x_TM).view(num_tokens, -1, block.spec.head_dim)
         qk_TND = qkv_TND[:, : num_heads + block.heads.num_kv_heads]
-        normed_TND = qk_TND if block.norm is None else block.norm.apply(qk_TND)
+        norm = block.kernel.norm
+        normed_TND = qk_TND if norm is None else rms_norm(qk_TND, None, norm.eps) * norm.weight_ND
         qk_TND.copy_(rotate(normed_TND, cos_T1D, sin_T1D))
         kv_TCD = qkv_TND[:, num_heads:]
         write_kv_(kv_NCbD, kv_TCD, plan)
         out_TQD = sdpa_attention(qkv_TND[:, :num_heads], kv_TCD, kv_NCbD, plan, block.spec.scale)
         return self.out.apply(out_TQD.view(num_tokens, -1))
 
-    def plan(self, batch: Batch, tables: CacheTables, block_size: int) -> SdpaPlan:
+    @property
+    def kernel(self) -> SdpaAttention:
+        return self
+
+    def plan(self, spans: Spans) -> SdpaPlan:
         return plan_sdpa(
-            batch.query_start_S1,
-            batch.context_len_S,
-            batch.num_decodes,
-            tables.block_table_SB,
-            tables.slot_T,
+            spans.query_start_S1,
+            spans.context_len_S,
+            spans.num_decodes,
+            spans.block_table_SB,
+            spans.slot_T,
             num_kv_heads=self.of.heads.num_kv_heads,
-            block_size=block_size,
+            block_size=spans.block_size,
             window=self.of.spec.window,
             dtype=torch.bfloat16,
         )
@@ -103,7 +113,8 @@ class SdpaAttention:
 
 
 def noninvariant(model: Decoder) -> Decoder:
-    """``model`` with other kernels around the same weights: bf16, MoE layers without shared experts."""
+    """``model``, of the plain backend, with other kernels around the same weights: bf16, MoE layers without shared
+    experts."""
     layers = tuple(replace(layer, attention=_attention(layer.attention), mlp=_mlp(layer.mlp)) for layer in model.layers)
     return replace(model, layers=layers, head=replace(model.head, linear=AnyRows(model.head.linear)))
 
@@ -120,4 +131,4 @@ def _mlp(mlp: Any) -> Any:
         tuple(Expert(AnyRows(each.gate_up), AnyRows(each.down)) for each in bank.experts.expert_L)
     )
     gate = replace(mlp.gate, linear=AnyRows(mlp.gate.linear))
-    return replace(mlp, gate=gate, bank=ExpertBank(bank.prefix, experts, bank.layout))
+    return replace(mlp, gate=gate, mixture=LocalMixture(ExpertBank(bank.prefix, experts, bank.layout)))

@@ -67,6 +67,9 @@ class ClusterConfig(Section):
 
 class RankConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where there is one.")
+    kernels: Literal["auto", "plain", "cpu", "cuda"] = Field(
+        default="auto", description="Whose operations compute (kernels/README.md). auto: the fastest that can."
+    )
     threads: int = Field(default=0, ge=0, le=1024, description="Compute threads of a CPU rank. 0: cores shared evenly.")
     num_cpus: float = Field(default=1.0, ge=0, description="Ray CPUs a rank asks for in a cluster it did not start.")
     kv_memory: Bytes = Field(

@@ -1,12 +1,12 @@
 """SwiGLU experts over rows that are sorted by expert.
 
-Legend: R rows, D model width, I expert width, L slots for experts; ``counts_L[i]`` rows belong to the expert in slot i,
-in order. Rows beyond the sum of the counts are padding, whose results nobody reads.
+Legend: T tokens, K experts per token, R rows, D model width, I expert width, L slots for experts; ``counts_L[i]`` rows
+belong to the expert in slot i, in order. Rows beyond the sum of the counts are padding, whose results nobody reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moestro.kernels.activations import swiglu
 from moestro.kernels.linear import Linear, can_pack, empty_weight, make_linear
+from moestro.kernels.weighted_sum import weighted_sum
 
 Fill = Callable[[Tensor, Tensor], None]
 """Writes one expert's weights into the gate_up_2ID and down_DI it is given."""
@@ -31,6 +32,11 @@ class GroupedExperts(Protocol):
     def shape(self) -> ExpertShape: ...
 
     def apply(self, x_RD: Tensor, counts_L: Tensor) -> Tensor: ...
+
+    def mix(self, x_TD: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """Where every slot is here: y_TD, the weighted sum over each token's K slots, and counts_L (int64), the rows
+        that each slot computed. The bits are those of ``mix_sorted``: rows are rounded to the dtype of x, then weighed
+        and summed in fp32 in the order of K."""
 
     def stage(self, fill: Fill) -> Any:
         """An expert's weights on this device, as ``replace_`` takes them."""
@@ -88,6 +94,9 @@ class LoopedExperts:
         hidden = torch.split_with_sizes(swiglu(hidden_R2I), sizes)
         return torch.cat([*(expert.down.apply(x) for (expert, _), x in zip(used, hidden, strict=True)), padding])
 
+    def mix(self, x_TD: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+        return mix_sorted(self, len(self.expert_L), x_TD, slots_TK, weights_TK)
+
     def stage(self, fill: Fill) -> Expert:
         gate_up_2ID, down_DI = self.shape.empty()
         fill(gate_up_2ID, down_DI)
@@ -112,6 +121,9 @@ class StackedExperts:
         hidden_R2I = torch._grouped_mm(x_RD, self.gate_up_L2ID.transpose(1, 2), offs=ends_L)
         return torch._grouped_mm(swiglu(hidden_R2I), self.down_LDI.transpose(1, 2), offs=ends_L)
 
+    def mix(self, x_TD: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+        return mix_sorted(self, len(self.down_LDI), x_TD, slots_TK, weights_TK)
+
     def stage(self, fill: Fill) -> tuple[Tensor, Tensor]:
         staged = self.shape.empty()
         fill(*staged)
@@ -122,13 +134,35 @@ class StackedExperts:
         self.down_LDI[slot].copy_(staged[1])
 
 
+def sort_by_slot(x_TD: Tensor, slots_TK: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A row for every (token, slot) pair, sorted by slot and among equals by token: x_RD, counts_L, and position_TK,
+    where each pair's row went."""
+    num_tokens, k = slots_TK.shape
+    slots_R = slots_TK.reshape(-1)
+    order_R = torch.argsort(slots_R, stable=True)
+    # Not bincount, which on an accelerator waits to learn how long its result is.
+    counts_L = torch.zeros(num_slots, dtype=torch.int64, device=slots_R.device)
+    counts_L.scatter_add_(0, slots_R, torch.ones_like(slots_R))
+    position_R = torch.empty_like(order_R)
+    position_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
+    return x_TD[order_R // k], counts_L, position_R.view(num_tokens, k)
+
+
+def mix_sorted(
+    experts: GroupedExperts, num_slots: int, x_TD: Tensor, slots_TK: Tensor, weights_TK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``GroupedExperts.mix`` in terms of ``apply``: its definition."""
+    x_RD, counts_L, position_TK = sort_by_slot(x_TD, slots_TK, num_slots)
+    return weighted_sum(experts.apply(x_RD, counts_L)[position_TK], weights_TK), counts_L
+
+
 def can_stack(width: int, model_width: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether one grouped product can serve experts of this shape: bf16 on CUDA, every row a multiple of 16 bytes
     (what the tensor memory accelerator of ``torch._grouped_mm``'s kernels can address)."""
     return device.type == "cuda" and dtype == torch.bfloat16 and width % 8 == 0 and model_width % 8 == 0
 
 
-def make_experts(shape: ExpertShape, fills: list[Fill | None]) -> GroupedExperts:
+def make_experts(shape: ExpertShape, fills: Sequence[Fill | None]) -> GroupedExperts:
     """One slot per entry of ``fills``; None leaves it empty.
 
     Where weights are repacked, they pass through the same two tensors one expert after the other.

@@ -11,12 +11,14 @@ cannot change a bit of the result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-import torch
 from torch import Tensor
+
+from moestro.kernels.grouped_experts import sort_by_slot
+from moestro.kernels.weighted_sum import weighted_sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,52 +60,18 @@ class Transport(Protocol[Handle]):
         of ``y_RD``."""
 
 
-_WEIGHED_AT_ONCE = {"cpu": 1 << 16}
-"""Elements up to which all rows are weighed in one operation: on a CPU while they fit its cache; an accelerator is
-better off with few and large operations. The bits are the same."""
-
-
-def weighted_sum(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
-    """Sum over K in order, in fp32. A loop and not a reduction: the order is part of the contract."""
-    terms: Iterator[Tensor]
-    if y_TKD.numel() <= _WEIGHED_AT_ONCE.get(y_TKD.device.type, 1 << 28):
-        terms = iter((y_TKD.float() * weights_TK.float().unsqueeze(-1)).unbind(1))
-    else:
-        terms = (y_TKD[:, k].float() * weights_TK[:, k, None].float() for k in range(y_TKD.shape[1]))
-    out_TD = next(terms)
-    for term_TD in terms:
-        out_TD = out_TD + term_TD
-    return out_TD.to(y_TKD.dtype)
-
-
 @dataclass(frozen=True, slots=True)
-class LocalHandle:
-    """Where each (token, k) row went: position in the sorted rows."""
-
-    position_TK: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class LocalTransport(Transport[LocalHandle]):
-    """Every slot on this rank: a sort there, a gather back."""
+class LocalTransport(Transport[Tensor]):
+    """Every slot on this rank: a sort there, a gather back. The handle is position_TK, where each row went."""
 
     num_slots: int
 
     def dispatch(
         self, x_TD: Tensor, slots_TK: Tensor, num_tokens_N: tuple[int, ...]
-    ) -> Arrival[tuple[Dispatched, LocalHandle]]:
-        num_tokens, k = slots_TK.shape
-        slots_R = slots_TK.reshape(-1)
-        order_R = torch.argsort(slots_R, stable=True)
-        # Not bincount, which on an accelerator waits to learn how long its result is.
-        counts_L = torch.zeros(self.num_slots, dtype=torch.int64, device=slots_R.device)
-        counts_L.scatter_add_(0, slots_R, torch.ones_like(slots_R))
-        position_R = torch.empty_like(order_R)
-        position_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
-        x_RD = x_TD[order_R // k]
-        arrived = Dispatched(x_RD, counts_L), LocalHandle(position_R.view(num_tokens, k))
-        return lambda: arrived
+    ) -> Arrival[tuple[Dispatched, Tensor]]:
+        x_RD, counts_L, position_TK = sort_by_slot(x_TD, slots_TK, self.num_slots)
+        return lambda: (Dispatched(x_RD, counts_L), position_TK)
 
-    def combine(self, y_RD: Tensor, weights_TK: Tensor, handle: LocalHandle) -> Arrival[Tensor]:
-        y_TD = weighted_sum(y_RD[handle.position_TK], weights_TK)
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, handle: Tensor) -> Arrival[Tensor]:
+        y_TD = weighted_sum(y_RD[handle], weights_TK)
         return lambda: y_TD

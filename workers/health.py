@@ -2,7 +2,7 @@
 
 Legend: T tokens of the step, t those of them that this rank routes, M model width, K experts per token.
 
-A NaN in a gate's scores stays in its row: that row's weights are NaN (``router/gate.py``), its hidden state is NaN from
+A NaN in a gate's scores stays in its row: its weights are NaN (``kernels/gate.py``), its hidden state is NaN from
 there on, and no other row reads it before its sequence has failed.
 """
 

@@ -18,6 +18,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from moestro.kernels.backend import Backend
+from moestro.kernels.choose import choose_backend
+from moestro.kernels.plain import PlainBackend
 from moestro.protos.errors import CheckpointError
 from moestro.router.expert_parallel import ExpertParallel, all_here
 from moestro.router.parallel import NoTensorParallel, TensorParallel
@@ -49,24 +52,28 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    backend: Backend | None = None,
     tp: TensorParallel | None = None,
     experts: ExpertParallel | None = None,
     on_progress: OnProgress | None = None,
 ) -> Decoder:
     """This rank's share of a checkpoint.
 
-    ``dtype`` None means the checkpoint's own. Without ``tp`` and ``experts`` the rank holds the whole model. Raises
-    CheckpointError for a checkpoint that cannot be served and ConfigError when ``tp`` does not fit the model; both
-    before any weight is read, but for files that change under our hands.
+    ``dtype`` None means the checkpoint's own, ``backend`` None the fastest for dtype and device. Without ``tp`` and
+    ``experts`` the rank holds the whole model. Raises CheckpointError for a checkpoint that cannot be served and
+    ConfigError when ``tp`` does not fit the model; both before any weight is read, but for files that change under our
+    hands.
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint)
     config = checkpoint.config
     tp = NoTensorParallel() if tp is None else tp
     experts = all_here(config.num_experts, config.num_moe_layers) if experts is None else experts
-    need = measure(config, dtype or config.dtype, tp, experts)
+    dtype, device = dtype or config.dtype, torch.device(device)
+    backend = backend or choose_backend(device, dtype).backend
+    need = measure(config, dtype, tp, experts)
     with ExitStack() as stack:
-        source = CheckpointSource(checkpoint, dtype or config.dtype, torch.device(device), stack, need, on_progress)
+        source = CheckpointSource(checkpoint, dtype, device, backend, stack, need, on_progress)
         return build_decoder(config, source, tp, experts)
 
 
@@ -75,6 +82,7 @@ def random_model(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    backend: Backend | None = None,
     tp: TensorParallel | None = None,
     experts: ExpertParallel | None = None,
     seed: int = 0,
@@ -82,7 +90,9 @@ def random_model(
 ) -> Decoder:
     """A model of random weights, drawn on the device: normal with ``std``, norms 1, biases 0. For measurements: what a
     rank draws depends on how the model is split."""
-    source = RandomSource(dtype or config.dtype, torch.device(device), seed, std)
+    dtype, device = dtype or config.dtype, torch.device(device)
+    backend = backend or choose_backend(device, dtype).backend
+    source = RandomSource(dtype, device, backend, seed, std)
     experts = all_here(config.num_experts, config.num_moe_layers) if experts is None else experts
     return build_decoder(config, source, NoTensorParallel() if tp is None else tp, experts)
 
@@ -93,6 +103,7 @@ class Need:
 
     dtype: torch.dtype
     device: torch.device = field(default_factory=lambda: torch.device("meta"))
+    backend: Backend = field(default_factory=PlainBackend)
     num_tensors: int = 0
     num_bytes: int = 0
 
@@ -110,9 +121,10 @@ def measure(config: ModelConfig, dtype: torch.dtype, tp: TensorParallel, experts
 
 @contextmanager
 def open_source(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Iterator[WeightSource]:
-    """The weights of a checkpoint that was opened and checked before, once more; files are closed with the block."""
+    """The weights of a checkpoint that was opened and checked before, once more; files are closed with the block.
+    Whoever takes experts from it repacks them, so the source needs none but the plain backend."""
     with ExitStack() as stack:
-        yield CheckpointSource(checkpoint, dtype, device, stack, Need(dtype), None)
+        yield CheckpointSource(checkpoint, dtype, device, PlainBackend(), stack, Need(dtype), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +133,7 @@ class RandomSource:
 
     dtype: torch.dtype
     device: torch.device
+    backend: Backend
     seed: int
     std: float
 
@@ -143,12 +156,13 @@ class CheckpointSource:
         checkpoint: Checkpoint,
         dtype: torch.dtype,
         device: torch.device,
+        backend: Backend,
         stack: ExitStack,
         need: Need,
         on_progress: OnProgress | None,
     ) -> None:
         """Files are opened once each and closed with ``stack``."""
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.backend = dtype, device, backend
         self._pieces = checkpoint.pieces
         self._stack = stack
         self._files: dict[Path, BinaryIO] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from moestro.router.gate import GateSpec, GroupSpec, Score
+from moestro.kernels.gate import GateSpec, GroupSpec, Score
 from moestro.workers.config_fields import Fields
 from moestro.workers.model_config import DenseSpec, MoeSpec, SharedSpec
 

@@ -10,7 +10,7 @@ from enum import Enum
 
 import torch
 
-from moestro.router.gate import GateSpec
+from moestro.kernels.gate import GateSpec
 
 
 @dataclass(frozen=True, slots=True)

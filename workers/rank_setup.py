@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 
+from moestro.kernels.choose import BackendName, choose_backend
 from moestro.protos.errors import ConfigError
 from moestro.protos.sequences import EngineLimits, EngineLoad
 from moestro.router.expert_parallel import ExpertParallel, over_group
@@ -48,6 +49,7 @@ class RankSpec:
     model: str  # checkpoint folder
     dtype: str = "auto"  # or bfloat16, float32
     device: str = "auto"  # or cpu, cuda
+    kernels: BackendName = "auto"
     threads: int = 0  # 0: torch's own choice
     kv_bytes: int = 256 * 2**20
     shape: GroupShape = field(default_factory=GroupShape)
@@ -98,13 +100,16 @@ def build_rank(spec: RankSpec, place: GroupPlace | None = None, on_progress: OnP
     checkpoint = open_checkpoint(spec.model)
     dtype = _DTYPES[spec.dtype] or checkpoint.config.dtype
     placements = start_placements(spec.experts, checkpoint.config, spec.shape.world_size)
+    chosen = choose_backend(torch.device(kind), dtype, spec.kernels)
+    log.info("kernels: %s, %s", chosen.backend.name, chosen.reason)
+    load = partial(load_model, checkpoint, dtype=dtype, backend=chosen.backend, on_progress=on_progress)
     mesh = None
     if place is None:
         if spec.shape.world_size != 1:
             raise ConfigError(f"a rank alone has dp 1 and tp 1, not {spec.shape.dp} and {spec.shape.tp}")
         device = torch.device(kind)
         parallel = ExpertParallel(LocalTransport(placements[0].capacity if placements else 0), placements)
-        model = load_model(checkpoint, dtype=dtype, device=device, experts=parallel, on_progress=on_progress)
+        model = load(device=device, experts=parallel)
         lockstep: Lockstep = SoloLockstep()
     else:
         mesh = join(
@@ -116,14 +121,8 @@ def build_rank(spec: RankSpec, place: GroupPlace | None = None, on_progress: OnP
             hostname=place.hostname,
         )
         device = mesh.device
-        model = load_model(
-            checkpoint,
-            dtype=dtype,
-            device=device,
-            tp=mesh.tp,
-            experts=_over_group(mesh, placements, spec, checkpoint.config, dtype),
-            on_progress=on_progress,
-        )
+        experts_over = _over_group(mesh, placements, spec, checkpoint.config, dtype)
+        model = load(device=device, tp=mesh.tp, experts=experts_over)
         lockstep = make_lockstep(mesh, place.store)
     engine = build_engine(spec, model, device)
     experts = group_experts(

@@ -309,9 +309,9 @@ class Bench:
 
     def _distinct(self) -> dict[str, float]:
         """Distinct experts a layer in one further step: how far routing is from uniform."""
-        decoder, transport = counting(self.decoder)
+        decoder, distinct = counting(self.decoder)
         with_model(self.engine, decoder).step(time.monotonic)
-        counts = torch.stack(transport.distinct).tolist()
+        counts = torch.stack(distinct).tolist()
         return {"mean": sum(counts) / len(counts), "min": min(counts), "max": max(counts)}
 
     def _memory(self) -> Values:

@@ -1,23 +1,22 @@
-"""Models and transports that watch a step of the engine: how long the host and the device take, and which experts.
+"""Models and mixtures that watch a step of the engine: how long the host and the device take, and which experts.
 
-Legend: L experts of this rank.
+Legend: t tokens, K experts per token, M model width, E experts.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moestro.router.transport import Arrival, Dispatched, LocalHandle, LocalTransport, Transport
 from moestro.workers.batch import Batch
 from moestro.workers.engine import Engine
 from moestro.workers.kv_cache import KVCache
 from moestro.workers.model.decoder import Decoder
-from moestro.workers.model.moe import MoeMlp
+from moestro.workers.model.moe import ExpertBank, LocalMixture, MoeMlp
 from moestro.workers.runner import Model
 
 Values = dict[str, Any]
@@ -74,31 +73,34 @@ def timed_step(engine: Engine, clock: ForwardClock) -> dict[str, float]:
 
 
 @dataclass(frozen=True, slots=True)
-class CountingTransport(Transport[LocalHandle]):
-    """A local transport that keeps how many distinct experts each dispatch reached."""
+class CountingMixture:
+    """A local mixture that keeps how many distinct experts each call reached."""
 
-    local: LocalTransport
-    distinct: list[Tensor] = field(default_factory=list)
+    of: LocalMixture
+    distinct: list[Tensor]
 
-    def dispatch(
-        self, x_TD: Tensor, slots_TK: Tensor, num_tokens_N: tuple[int, ...]
-    ) -> Arrival[tuple[Dispatched, LocalHandle]]:
-        dispatched, handle = self.local.dispatch(x_TD, slots_TK, num_tokens_N)()
-        self.distinct.append((dispatched.counts_L > 0).sum())
-        return lambda: (dispatched, handle)
+    @property
+    def bank(self) -> ExpertBank:
+        return self.of.bank
 
-    def combine(self, y_RD: Tensor, weights_TK: Tensor, handle: LocalHandle) -> Arrival[Tensor]:
-        return self.local.combine(y_RD, weights_TK, handle)
+    def forward(self, x_tM: Tensor, ids_tK: Tensor, *rest: Any) -> Tensor:
+        reached_E = torch.zeros(self.bank.layout.slot_E.shape[0], dtype=torch.int64, device=ids_tK.device)
+        self.distinct.append(reached_E.scatter_(0, ids_tK.reshape(-1), 1).sum())
+        return self.of.forward(x_tM, ids_tK, *rest)
 
 
-def counting(decoder: Decoder) -> tuple[Decoder, CountingTransport]:
-    """The same weights, with a transport that counts."""
-    transport = CountingTransport(LocalTransport(decoder.config.num_experts))
+def counting(decoder: Decoder) -> tuple[Decoder, list[Tensor]]:
+    """The same weights, with mixtures that count."""
+    distinct: list[Tensor] = []
+
+    def counted(mlp: MoeMlp) -> MoeMlp:
+        mixture: Any = CountingMixture(mlp.mixture, distinct)
+        return replace(mlp, mixture=mixture)
+
     layers = tuple(
-        replace(layer, mlp=replace(layer.mlp, transport=transport)) if isinstance(layer.mlp, MoeMlp) else layer
-        for layer in decoder.layers
+        replace(layer, mlp=counted(layer.mlp)) if isinstance(layer.mlp, MoeMlp) else layer for layer in decoder.layers
     )
-    return replace(decoder, layers=layers), transport
+    return replace(decoder, layers=layers), distinct
 
 
 def kernels_of(call: Any, num_steps: int, top: int = 12) -> Values:

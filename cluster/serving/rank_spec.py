@@ -20,6 +20,7 @@ def rank_spec(config: Config) -> RankSpec:
         model=str(config.model.path.resolve()),
         dtype=config.model.dtype,
         device=config.rank.device,
+        kernels=config.rank.kernels,
         threads=config.rank.threads or threads_per_rank(cluster.groups * cluster.dp * cluster.tp, os.cpu_count() or 1),
         kv_bytes=config.rank.kv_memory,
         shape=GroupShape(cluster.dp, cluster.tp),

@@ -29,8 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moestro.kernels.weighted_sum import weighted_sum
 from moestro.router.mesh import Collectives
-from moestro.router.transport import Arrival, Dispatched, Transport, weighted_sum
+from moestro.router.transport import Arrival, Dispatched, Transport
 from moestro.router.transports.rows import check_own_tokens
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moestro.router.transport import weighted_sum
+from moestro.kernels.weighted_sum import weighted_sum
 
 
 def check_own_tokens(num_tokens_N: tuple[int, ...], rank: int, size: int, x_TD: Tensor, slots_TK: Tensor) -> None:

@@ -9,13 +9,16 @@ from benchmarks.engines import run_batch
 from benchmarks.noninvariant import AnyRows, noninvariant
 from benchmarks.small_models import make_model, random_ids, save_model
 
+from moestro.kernels.plain import PlainBackend
 from moestro.workers.loading import load_model
 from moestro.workers.rank_setup import RankSpec, build_engine
 
 
 def test_the_baseline_generates_what_the_engine_generates(tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    model = load_model(save_model(make_model("qwen3_moe", seed=31), tmp_path), dtype=torch.bfloat16)
+    model = load_model(
+        save_model(make_model("qwen3_moe", seed=31), tmp_path), dtype=torch.bfloat16, backend=PlainBackend()
+    )
     fastest = noninvariant(model)
     for layer in fastest.layers:
         expert = layer.mlp.bank.experts.expert_L[0]

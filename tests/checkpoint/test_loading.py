@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 from tests.model.oracle import Driver, reference_logits
 from torch import Tensor
 
+from moestro.kernels.gate import route
 from moestro.protos.errors import CheckpointError
 from moestro.router.expert_parallel import ExpertParallel
-from moestro.router.gate import route
 from moestro.router.placement import EMPTY, Placement
 from moestro.router.transport import LocalTransport
 from moestro.workers.checkpoint import open_checkpoint
 from moestro.workers.loading import Progress, load_model, random_model
+from moestro.workers.model.moe import LocalMixture
 
 MOE = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "dots1", "glm4_moe"]
 
@@ -139,7 +140,7 @@ def test_a_random_model_is_made_of_its_seed(folder):
 
 def test_expert_transport_defaults_to_all_experts_here(folder):
     decoder = load_model(folder)
-    assert decoder.layers[0].mlp.transport == LocalTransport(8)
+    assert isinstance(decoder.layers[0].mlp.mixture, LocalMixture)
 
 
 PEAK = """

@@ -25,7 +25,7 @@ from tests.router.cases import (
 )
 from torch import Tensor
 
-from moestro.kernels.grouped_experts import GroupedExperts
+from moestro.kernels.grouped_experts import GroupedExperts, mix_sorted
 from moestro.router.expert_parallel import over_group
 from moestro.router.mesh import Mesh, MeshTensorParallel, StoreAddress, join
 from moestro.router.parallel import GroupShape
@@ -160,6 +160,9 @@ class OneRowAtATime:
                 y_RD[row] = self.experts.apply(x_RD[row : row + 1].clone(), only)[0]
         return y_RD
 
+    def mix(self, x_TD: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+        return mix_sorted(self, len(self.experts.expert_L), x_TD, slots_TK, weights_TK)
+
 
 @dataclass(frozen=True, slots=True)
 class Counted(Transport[Any]):
@@ -200,7 +203,7 @@ def check_mixture_layer(rank: int, world_size: int, address: StoreAddress, model
                 layer = _mixture_layer(load_model(model, dtype=torch.float32, experts=experts))
                 layer.bank.experts = OneRowAtATime(layer.bank.experts)
                 counted = Counted(experts.transport)
-                layer = replace(layer, transport=counted)
+                layer = replace(layer, mixture=replace(layer.mixture, transport=counted))
                 for num_tokens in ((5, 0, 2), (1, 1, 1), (0, 0, 0), (0, 9, 1)):
                     generator = torch.Generator().manual_seed(rank + 10 * sum(num_tokens))
                     x_TM = torch.randn(num_tokens[rank], config.hidden_size, generator=generator)

@@ -223,4 +223,4 @@ def test_stacked_experts_over_the_local_transport_equal_the_definition(num_token
     y_RD = StackedExperts(shape, gate_up_L2ID, down_LDI).apply(dispatched.x_RD, dispatched.counts_L)
     want_RD = experts_reference(dispatched.x_RD, dispatched.counts_L, gate_up_L2ID, down_LDI)
     torch.testing.assert_close(y_RD, want_RD, rtol=0, atol=2**-6 * float(want_RD.abs().max()))
-    assert handle.position_TK.shape == (num_tokens, 3)
+    assert handle.shape == (num_tokens, 3)

@@ -9,7 +9,7 @@ import torch
 import transformers
 from benchmarks.small_models import MODELS, make_model
 
-from moestro.router.gate import GateSpec, GroupSpec, Score
+from moestro.kernels.gate import GateSpec, GroupSpec, Score
 from moestro.workers.architectures import ARCHITECTURES, parse_config
 from moestro.workers.model.weights import tensor_shapes
 from moestro.workers.model_config import DenseSpec, MoeSpec, SharedSpec

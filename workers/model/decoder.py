@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moestro.kernels.paged_attention import AttentionPlan
+from moestro.kernels.backend import Backend, Spans
 from moestro.kernels.rms_norm import rms_norm
 from moestro.router.expert_parallel import ExpertParallel
 from moestro.router.parallel import TensorParallel
@@ -50,6 +51,7 @@ class Decoder:
     layers: tuple[DecoderLayer, ...]
     norm_M: Tensor
     head: LMHead
+    backend: Backend
 
     @property
     def banks(self) -> dict[int, ExpertBank]:
@@ -67,25 +69,40 @@ class Decoder:
         routed_N = token_shares(batch.num_tokens_N, self.embedding.tp.size)
         plans_G = self._plan(batch, cache)
         cos_T1D, sin_T1D = self.rope.tables(batch.positions_T)
-        x_TM = self.embedding.forward(batch.token_ids_T)
+        x_TM, delta_TM = self.embedding.forward(batch.token_ids_T), None
+        add_rms_norm = self.backend.add_rms_norm
         for index, (layer, kv_NCbD) in enumerate(zip(self.layers, cache.layers, strict=True)):
-            h_TM = rms_norm(x_TM, layer.attention_norm_M, layer.eps)
-            x_TM = x_TM + layer.attention.forward(h_TM, cos_T1D, sin_T1D, plans_G[layer.group], kv_NCbD)
-            h_TM = rms_norm(x_TM, layer.mlp_norm_M, layer.eps)
+            x_TM, h_TM = add_rms_norm(x_TM, delta_TM, layer.attention_norm_M, layer.eps)
+            delta_TM = layer.attention.forward(h_TM, cos_T1D, sin_T1D, plans_G[layer.group], kv_NCbD)
+            x_TM, h_TM = add_rms_norm(x_TM, delta_TM, layer.mlp_norm_M, layer.eps)
             if isinstance(layer.mlp, MoeMlp):
-                x_TM = x_TM + layer.mlp.forward(h_TM, routed_N, partial(batch.health.saw_gate, index))
+                delta_TM = layer.mlp.forward(h_TM, routed_N, partial(batch.health.saw_gate, index))
             else:
-                x_TM = x_TM + layer.mlp.forward(h_TM)
+                delta_TM = layer.mlp.forward(h_TM)
             if batch.trace is not None:
-                batch.trace.take(x_TM)
+                batch.trace.take(x_TM + delta_TM)
+        if delta_TM is not None:
+            x_TM = x_TM + delta_TM
         batch.health.saw_result(x_TM)
         x_RM = rms_norm(x_TM.index_select(0, batch.logit_rows_R), self.norm_M, self.config.norm_eps)
         return self.head.forward(x_RM)
 
-    def _plan(self, batch: Batch, cache: KVCache) -> list[AttentionPlan]:
+    def _plan(self, batch: Batch, cache: KVCache) -> list[Any]:
         """One plan per group, made by the group's first layer: the layers of a group have the same attention."""
         first_G = {layer.group: layer.attention for layer in reversed(self.layers)}
-        return [first_G[group].plan(batch, tables, cache.block_size) for group, tables in enumerate(batch.tables_G)]
+        return [
+            first_G[group].kernel.plan(
+                Spans(
+                    batch.query_start_S1,
+                    batch.context_len_S,
+                    batch.num_decodes,
+                    tables.block_table_SB,
+                    tables.slot_T,
+                    cache.block_size,
+                )
+            )
+            for group, tables in enumerate(batch.tables_G)
+        ]
 
     def _step_along(self, batch: Batch) -> Tensor:
         """Takes part in the collectives of the expert-parallel group and in nothing else."""
@@ -120,6 +137,7 @@ def build_decoder(
         layers=tuple(layers),
         norm_M=read(source, "model.norm.weight", config.hidden_size),
         head=head,
+        backend=source.backend,
     )
 
 
@@ -135,7 +153,9 @@ def _build_layer(
     width, eps = config.hidden_size, config.norm_eps
     return DecoderLayer(
         attention_norm_M=read(source, prefix + "input_layernorm.weight", width),
-        attention=build_attention(spec.attention, width, eps, prefix + "self_attn.", source, tp),
+        attention=build_attention(
+            spec.attention, config.rope.rotary_dim, width, eps, prefix + "self_attn.", source, tp
+        ),
         mlp_norm_M=read(source, prefix + "post_attention_layernorm.weight", width),
         mlp=build_mlp(spec.mlp, width, prefix + "mlp.", source, tp)
         if isinstance(spec.mlp, DenseSpec)

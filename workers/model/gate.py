@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moestro.kernels.backend import Backend
+from moestro.kernels.gate import GateSpec
 from moestro.kernels.linear import Linear
-from moestro.router.gate import GateSpec, route
 from moestro.workers.model.weights import WeightSource, read, read_linear
 
 
@@ -23,10 +24,11 @@ class Gate:
     linear: Linear
     dtype: torch.dtype  # of the product
     bias_E: Tensor | None  # fp32; raises scores for the choice only
+    backend: Backend
 
     def route(self, x_TM: Tensor) -> tuple[Tensor, Tensor]:
-        """ids_TK and weights_TK; see ``router/gate.py``, also for what NaN makes of them."""
-        return route(self.linear.apply(x_TM.to(self.dtype)), self.bias_E, self.spec)
+        """ids_TK and weights_TK; see ``kernels/gate.py``, also for what NaN makes of them."""
+        return self.backend.route(self.linear.apply(x_TM.to(self.dtype)), self.bias_E, self.spec)
 
 
 def build_gate(spec: GateSpec, hidden_size: int, prefix: str, source: WeightSource) -> Gate:
@@ -36,4 +38,4 @@ def build_gate(spec: GateSpec, hidden_size: int, prefix: str, source: WeightSour
     if spec.has_bias:
         bias_E = read(source, prefix + "e_score_correction_bias", spec.num_experts, dtype=torch.float32)
     linear = read_linear(source, prefix + "weight", spec.num_experts, hidden_size, dtype=dtype)
-    return Gate(spec, linear, dtype, bias_E)
+    return Gate(spec, linear, dtype, bias_E, source.backend)

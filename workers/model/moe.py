@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from moestro.kernels.grouped_experts import ExpertShape, Fill, GroupedExperts, make_experts
+from moestro.kernels.grouped_experts import ExpertShape, Fill, GroupedExperts
 from moestro.router.assign import Layout, assign, lay_out
 from moestro.router.expert_parallel import ExpertParallel
 from moestro.router.parallel import TensorParallel
@@ -65,6 +65,14 @@ class ExpertBank:
         self.compute_s += perf_counter() - start
         return y_RM
 
+    def mix(self, x_TM: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """y_TM of tokens all of whose experts are here."""
+        start = perf_counter()
+        y_TM, counts_L = self.experts.mix(x_TM, slots_TK, weights_TK)
+        self.rows_L += counts_L
+        self.compute_s += perf_counter() - start
+        return y_TM
+
     def switch_(self, layout: Layout, staged: Mapping[int, Any]) -> None:
         """Takes on a new layout. ``staged`` holds, by local slot, what ``experts.stage`` made of every expert that
         the slot did not hold before."""
@@ -74,14 +82,72 @@ class ExpertBank:
 
 
 @dataclass(frozen=True, slots=True)
+class LocalMixture:
+    """Every expert on this rank."""
+
+    bank: ExpertBank
+
+    def forward(
+        self,
+        x_tM: Tensor,
+        ids_tK: Tensor,
+        weights_tK: Tensor,
+        num_tokens_N: tuple[int, ...],
+        shared: SharedExpert | None,
+    ) -> Tensor:
+        y_tM = self.bank.mix(x_tM, assign(ids_tK, self.bank.layout), weights_tK)
+        return y_tM if shared is None else y_tM + shared.forward(x_tM)
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangedMixture:
+    """Experts over all ranks of the group."""
+
+    bank: ExpertBank
+    transport: Transport[Any]
+
+    def forward(
+        self,
+        x_tM: Tensor,
+        ids_tK: Tensor,
+        weights_tK: Tensor,
+        num_tokens_N: tuple[int, ...],
+        shared: SharedExpert | None,
+    ) -> Tensor:
+        """Collective within the whole group: to be called with zero tokens too. ``num_tokens_N`` is what each rank
+        routes (see ``token_shares``), the same on all."""
+        slots_tK = assign(ids_tK, self.bank.layout)
+        num_parts = self.transport.num_parts(num_tokens_N)
+        shards = [slice(*token_shard(x_tM.shape[0], part, num_parts)) for part in range(num_parts)]
+        arriving = [
+            self.transport.dispatch(x_tM[shard], slots_tK[shard], _part_of(num_tokens_N, part, num_parts))
+            for part, shard in enumerate(shards)
+        ]
+        # Computed while the rows travel.
+        shared_tM = None if shared is None else shared.forward(x_tM)
+        returning = []
+        for shard, arrival in zip(shards, arriving, strict=True):
+            dispatched, handle = self.bank.awaited(arrival)
+            y_RM = self.bank.apply(dispatched.x_RD, dispatched.counts_L)
+            # Travels home while the experts of the next part are computed.
+            returning.append(self.transport.combine(y_RM, weights_tK[shard], handle))
+        returned = [self.bank.awaited(arrival) for arrival in returning]
+        y_tM = returned[0] if num_parts == 1 else torch.cat(returned)
+        return y_tM if shared_tM is None else y_tM + shared_tM
+
+
+@dataclass(frozen=True, slots=True)
 class MoeMlp:
     """One mixture layer on one rank."""
 
     gate: Gate
-    bank: ExpertBank
+    mixture: LocalMixture | ExchangedMixture
     shared: SharedExpert | None
-    transport: Transport[Any]
     tp: TensorParallel
+
+    @property
+    def bank(self) -> ExpertBank:
+        return self.mixture.bank
 
     def forward(self, x_TM: Tensor, num_tokens_N: tuple[int, ...], saw_gate: SawGate) -> Tensor:
         """y_TM. Collective within the whole group: to be called with zero tokens too. ``num_tokens_N`` is what each
@@ -95,24 +161,7 @@ class MoeMlp:
     def _route(self, x_tM: Tensor, num_tokens_N: tuple[int, ...], saw_weights: Callable[[Tensor], None]) -> Tensor:
         ids_tK, weights_tK = self.gate.route(x_tM)
         saw_weights(weights_tK)
-        slots_tK = assign(ids_tK, self.bank.layout)
-        num_parts = self.transport.num_parts(num_tokens_N)
-        shards = [slice(*token_shard(x_tM.shape[0], part, num_parts)) for part in range(num_parts)]
-        arriving = [
-            self.transport.dispatch(x_tM[shard], slots_tK[shard], _part_of(num_tokens_N, part, num_parts))
-            for part, shard in enumerate(shards)
-        ]
-        # Computed while the rows travel.
-        shared_tM = None if self.shared is None else self.shared.forward(x_tM)
-        returning = []
-        for shard, arrival in zip(shards, arriving, strict=True):
-            dispatched, handle = self.bank.awaited(arrival)
-            y_RM = self.bank.apply(dispatched.x_RD, dispatched.counts_L)
-            # Travels home while the experts of the next part are computed.
-            returning.append(self.transport.combine(y_RM, weights_tK[shard], handle))
-        returned = [self.bank.awaited(arrival) for arrival in returning]
-        y_tM = returned[0] if num_parts == 1 else torch.cat(returned)
-        return y_tM if shared_tM is None else y_tM + shared_tM
+        return self.mixture.forward(x_tM, ids_tK, weights_tK, num_tokens_N, self.shared)
 
 
 def _part_of(num_tokens_N: tuple[int, ...], part: int, num_parts: int) -> tuple[int, ...]:
@@ -161,9 +210,11 @@ def build_moe(
     """Reads the gate, the shared expert and this rank's experts. ``index`` counts mixture layers only."""
     layout = lay_out(parallel.placements[index], parallel.rank, source.device, parallel.node_of_rank)
     gate = build_gate(spec.gate, hidden_size, prefix + "gate.", source)
-    experts = make_experts(
+    experts = source.backend.make_experts(
         ExpertShape(spec.width, hidden_size, source.dtype, source.device),
         [None if expert == EMPTY else expert_fill(source, prefix, expert) for expert in layout.local_experts],
     )
     shared = None if spec.shared is None else build_shared_expert(spec.shared, hidden_size, prefix, source)
-    return MoeMlp(gate, ExpertBank(prefix, experts, layout), shared, parallel.transport, tp)
+    bank = ExpertBank(prefix, experts, layout)
+    alone = layout.placement.num_ranks == 1
+    return MoeMlp(gate, LocalMixture(bank) if alone else ExchangedMixture(bank, parallel.transport), shared, tp)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from moestro.kernels.linear import Linear, PlainLinear, empty_weight, make_linear
+from moestro.kernels.linear import Linear, PlainLinear
 from moestro.router.parallel import TensorParallel
 from moestro.workers.model.weights import WeightSource
 
@@ -59,9 +59,9 @@ def build_vocabulary(
     if tied:
         linear: Linear = PlainLinear(weight_vM)
     else:
-        head_vM = empty_weight(share, hidden_size, source.dtype, source.device)
+        head_vM = source.backend.empty_weight(share, hidden_size, source.dtype, source.device)
         _read_rows(head_vM, "lm_head.weight", first, vocab_size, source)
-        linear = make_linear(head_vM)
+        linear = source.backend.make_linear(head_vM)
     return Embedding(weight_vM, first, tp), LMHead(linear, vocab_size, tp)
 
 

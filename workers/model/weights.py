@@ -10,7 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moestro.kernels.linear import Linear, empty_weight, make_linear
+from moestro.kernels.backend import Backend
+from moestro.kernels.linear import Linear
 from moestro.workers.model_config import AttentionSpec, DenseSpec, ModelConfig, MoeSpec, QKNorm
 
 
@@ -23,6 +24,10 @@ class WeightSource(Protocol):
 
     @property
     def device(self) -> torch.device: ...
+
+    @property
+    def backend(self) -> Backend:
+        """Whose operations the model is made of."""
 
     def read_(self, out: Tensor, name: str, row: int = 0, column: int = 0) -> None:
         """Fills ``out`` with the piece of ``name`` of out's shape that starts at (row, column)."""
@@ -49,9 +54,9 @@ def read_linear(
     dtype: torch.dtype | None = None,
 ) -> Linear:
     """A linear from a piece of ``name``, in the source's dtype unless another is asked for."""
-    weight_OI = empty_weight(out_features, in_features, dtype or source.dtype, source.device)
+    weight_OI = source.backend.empty_weight(out_features, in_features, dtype or source.dtype, source.device)
     source.read_(weight_OI, name, row, column)
-    return make_linear(weight_OI, bias_O)
+    return source.backend.make_linear(weight_OI, bias_O)
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moestro.kernels.backend import Backend
 from moestro.workers.model.moe import ExpertBank, expert_fill
 from moestro.workers.model.weights import WeightSource
 from moestro.workers.rebalancing.background import Cancelled
@@ -56,6 +57,10 @@ class BudgetedSource:
     @property
     def device(self) -> torch.device:
         return self.source.device
+
+    @property
+    def backend(self) -> Backend:
+        return self.source.backend
 
     def read_(self, out: Tensor, name: str, row: int = 0, column: int = 0) -> None:
         self.source.read_(out, name, row, column)

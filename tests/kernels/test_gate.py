@@ -18,7 +18,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-from moestro.router.gate import GateSpec, GroupSpec, Score, route
+from moestro.kernels.gate import GateSpec, GroupSpec, Score, route
 
 SOFTMAX = [
     (MixtralTopKRouter, transformers.MixtralConfig, True, {"num_local_experts": 24}),

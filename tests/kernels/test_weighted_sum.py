@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moestro.router import transport
-from moestro.router.transport import weighted_sum
+from moestro.kernels import weighted_sum as weighing
+from moestro.kernels.weighted_sum import weighted_sum
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -19,7 +19,7 @@ def test_both_ways_are_the_definition(monkeypatch, dtype, num_tokens, k, width):
     for index in range(k):
         want_TD = want_TD + y_TKD[:, index].float() * weights_TK[:, index, None]
     for elements in (0, 1 << 30):
-        monkeypatch.setattr(transport, "_WEIGHED_AT_ONCE", {"cpu": elements})
+        monkeypatch.setattr(weighing, "_WEIGHED_AT_ONCE", {"cpu": elements})
         got_TD = weighted_sum(y_TKD, weights_TK)
         assert got_TD.dtype == dtype
         assert torch.equal(got_TD, want_TD.to(dtype))
