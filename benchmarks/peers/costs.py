@@ -1,7 +1,8 @@
-"""Where the time must go: bytes that a step has to read, and the shortest time that follows from this machine's memory.
+"""Where the time must go: bytes that a step has to read, and the shortest time that follows from the memory here.
 
-The bytes are ``gpu_suite.costs``', split by what they are. Routing is taken as uniform, so at batch B a layer's distinct experts
-are E (1 - (1 - k / E)^B). A model that partly stays in the last-level cache between steps can be faster than its floor.
+The bytes are ``gpu_suite.costs``', split by what they are. Routing is taken as uniform, so at batch B a layer's
+distinct experts are E (1 - (1 - k / E)^B). A model that partly stays in the last-level cache between steps can be
+faster than its floor.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class StepBytes:
-    """Bytes one step reads: experts that some token chose; attention, gates, norms' neighbours and head; keys and values."""
+    """Bytes that one step reads: experts that some token chose; attention, gates and head; keys and values."""
 
     experts: float
     dense: float

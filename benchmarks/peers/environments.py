@@ -1,7 +1,8 @@
 """The environments of the peers: what is installed where, and whether it is there already.
 
-Each peer has a virtual environment in a folder of its own. Whether it is complete is asked of the environment itself, so one that was
-made by hand and linked there is as good. pip is used as it is configured; torch's CPU build must be among what it finds.
+Each peer has a virtual environment in a folder of its own. Whether it is complete is asked of the environment itself,
+so one that was made by hand and linked there is as good. pip is used as it is configured; torch's CPU build must be
+among what it finds.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class CannotBuild(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """``pins`` by distribution; ``unwanted`` distributions are removed after installing. ``variables`` hold for the build."""
+    """``pins`` by distribution; ``unwanted`` distributions are removed after installing, ``variables`` hold for it."""
 
     pins: Mapping[str, str]
     options: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Writes a checkpoint as bf16 GGUF beside itself: ``python -m benchmarks.peers.gguf_file FOLDER``, where gguf is installed.
+"""Writes a checkpoint as bf16 GGUF beside it: ``python -m benchmarks.peers.gguf_file FOLDER``.
 
 The bits of every weight stay as they are; norms and gates are widened to fp32. No tokenizer is written.
 """
@@ -42,7 +42,9 @@ def widen(bits: np.ndarray) -> np.ndarray:
 
 
 def write(folder: Path) -> None:
-    tensors = {name: each for path in sorted(folder.glob("*.safetensors")) for name, each in read_safetensors(path).items()}
+    tensors = {
+        name: each for path in sorted(folder.glob("*.safetensors")) for name, each in read_safetensors(path).items()
+    }
     target = folder / NAME
     partial = target.with_suffix(".partial")
     writer = GGUFWriter(partial, ARCHITECTURE)

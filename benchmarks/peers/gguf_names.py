@@ -1,4 +1,4 @@
-"""Qwen3-MoE in llama.cpp's terms: which tensor is called what, and the hyperparameters. Pure; the writer is gguf_file."""
+"""Qwen3-MoE in llama.cpp's terms: which tensor is called what, and the hyperparameters. The writer is gguf_file."""
 
 from __future__ import annotations
 

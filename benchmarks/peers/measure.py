@@ -19,7 +19,7 @@ Say = Callable[[str], None]
 
 START_TIMEOUT_S = 900.0  # vLLM compiles on its first start
 TURN_TIMEOUT_S = 300.0
-WARM_UP_TOKENS = 4
+WARM_UP_ROUND, WARM_UP_TOKENS = 1 << 20, 4
 FEWEST_REQUESTS, MOST_REQUESTS = 8, 200
 UTILISATION = 0.5  # of what the slowest engine asked can do
 
@@ -63,7 +63,7 @@ def start_field(
 def measure_batches(field: Field, plan: Plan, say: Say) -> Iterator[Row]:
     """One row an engine, batch size and round; each batch size is warmed up first by a round that is not counted."""
     for batch in plan.batches:
-        work = batch_work(plan.seed, -1 % 2**31, batch)
+        work = batch_work(plan.seed, WARM_UP_ROUND, batch)
         for name in field.names:
             field.ask(name, {"op": "batch", "prompts": work.prompts, "num_output": WARM_UP_TOKENS}, TURN_TIMEOUT_S)
     for number in range(plan.rounds):

@@ -1,7 +1,7 @@
-"""The parent's side of a worker: one process and session of its own, a request and an answer at a time, stopped between.
+"""The parent's side of a worker: a process and session of its own, a request and an answer at a time.
 
-Between its turns every process of a worker is stopped (SIGSTOP), so that no thread pool that spins at a barrier takes a core
-from the engine that is being measured.
+Between its turns every process of a worker is stopped (SIGSTOP), so that no thread pool that spins at a barrier takes a
+core from the engine that is being measured.
 """
 
 from __future__ import annotations
@@ -60,6 +60,10 @@ class Worker:
             )
         self._stop()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def ask(self, request: Mapping[str, Any], timeout_s: float) -> Turn:
         """The answer to ``request``. Raises WorkerFailed, after ending the worker, if it is not a good one in time."""
         start, others = time.monotonic(), self._others_s()
@@ -81,7 +85,7 @@ class Worker:
 
     def memory(self) -> Memory:
         """Of the worker while it is stopped."""
-        return sum_memory([self._process.pid, *(child.pid for child in self._children())])
+        return sum_memory([self.pid, *(child.pid for child in self._children())])
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Ends the worker, by force if it does not want to."""
@@ -126,11 +130,11 @@ class Worker:
 
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)
+            os.killpg(self.pid, number)
 
     def _children(self) -> list[psutil.Process]:
         with contextlib.suppress(psutil.Error):
-            return psutil.Process(self._process.pid).children(recursive=True)
+            return psutil.Process(self.pid).children(recursive=True)
         return []
 
     def _others_s(self) -> float:
@@ -138,7 +142,7 @@ class Worker:
         times = psutil.cpu_times()
         busy = sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
         with contextlib.suppress(psutil.Error):
-            busy -= sum(psutil.Process(self._process.pid).cpu_times()[:4])
+            busy -= sum(psutil.Process(self.pid).cpu_times()[:4])
         return float(busy)
 
     def _last_words(self) -> str:

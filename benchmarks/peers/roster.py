@@ -18,8 +18,8 @@ _KEPT = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL")
 
 @dataclass(frozen=True, slots=True)
 class Contestant:
-    """An engine under test. ``environment`` is None for the repository's own; ``continuous``: new requests join those that
-    run; ``how`` is one line on its settings."""
+    """An engine under test. ``environment`` is None for the repository's own; ``continuous``: new requests join those
+    that run; ``how`` is one line on its settings."""
 
     location: str  # module:class
     how: str

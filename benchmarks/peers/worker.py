@@ -74,6 +74,7 @@ def main() -> None:
     end_with_parent()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     serve(sys.argv[1], sys.stdin, answers)
     answers.flush()
     os._exit(0)  # an engine's own threads or exit handlers must not keep the process

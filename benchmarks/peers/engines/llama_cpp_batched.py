@@ -1,7 +1,7 @@
 """llama.cpp through llama-cpp-python's low-level interface: one ``llama_decode`` a step over all running sequences.
 
-Continuous batching of the simplest kind, as llama.cpp's own server does it: what has arrived joins the next step with its whole
-prompt, as long as a free sequence id is left. Each sequence has a cache stream of its own.
+Continuous batching of the simplest kind: what has arrived joins the next step with its whole prompt, as long as a
+sequence id is free. Each sequence has a cache stream of its own.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ class LlamaCppBatched:
         batch.n_tokens = index
 
     def _take(self) -> dict[int, list[int]]:
-        """The greedy token of each running sequence; those that end give their slot back. Logits come in the order of the
-        batch, one row for each token that asked for them."""
+        """The greedy token of each running sequence; those that end give their slot back. Logits come in the order of
+        the batch, one row for each token that asked for them."""
         pointer = llama_cpp.llama_get_logits(self._context)
         floats = ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float))
         logits = np.ctypeslib.as_array(floats, (len(self._running), self._vocabulary))

@@ -1,7 +1,7 @@
-"""transformers' generate with ``grouped_mm`` experts: static batches of requests of equal shape, first come, first served.
+"""transformers' generate with ``grouped_mm`` experts: first come, first served, static batches of equal shapes.
 
-Requests of other lengths wait for the running batch to end, as generate has no continuous batching. A stopping criterion that never
-stops says when each token came.
+Requests of other lengths wait for the running batch to end, as generate has no continuous batching. A stopping
+criterion that never stops says when each token came.
 """
 
 from __future__ import annotations
