@@ -35,6 +35,7 @@ class Running:
 class LlamaCppBatched:
     def __init__(self, settings: Settings) -> None:
         llama_cpp.llama_backend_init()
+        print(llama_cpp.llama_print_system_info().decode())  # which instructions it was built with
         model_params = llama_cpp.llama_model_default_params()
         path = Path(settings.model) / GGUF_NAME
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_params)
