@@ -53,34 +53,35 @@ def run(
     engines: Annotated[str, typer.Option(help="Comma-separated; ours, transformers, vllm, llama.cpp.")] = ",".join(
         ROSTER
     ),
-    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    rounds: Annotated[str, typer.Option(help="Of each batch size, or one number for all.")] = "5,5,3,2",
     threads: Annotated[int, typer.Option(min=1)] = 2,
-    load_s: Annotated[float, typer.Option(help="Seconds of arrivals in each load; 0 for none.")] = 20.0,
+    load_s: Annotated[float, typer.Option(help="About how long the requests of a load arrive, in seconds.")] = 10.0,
+    load_rounds: Annotated[int, typer.Option(help="Rounds under load; 0 for none.")] = 3,
     wait_s: Annotated[float, typer.Option(help="How long a turn waits for other work on the machine to pause.")] = 2.0,
-    repeats: Annotated[int, typer.Option(help="How often a turn that others disturbed is done again.")] = 2,
+    repeats: Annotated[int, typer.Option(help="How often a turn that others disturbed is done again.")] = 1,
     seed: int = 0,
     cache: Cache = CACHE,
     folder: Checkpoints = CHECKPOINTS,
     output: Annotated[Path, typer.Option()] = OUTPUT,
 ) -> None:
-    """Builds what is missing, measures, writes the JSON and, beside it, the plot."""
+    """Builds what is missing, measures, writes the JSON and, beside it, the plot. Checkpoints that the JSON has from
+    another run and that are not among ``--models`` stay in it."""
     contestants = {name: ROSTER[name] for name in engines.split(",")}
-    plan = Plan(
-        tuple(map(int, batches.split(","))), rounds, seed, threads, load_s, Patience(wait_s=wait_s, repeats=repeats)
-    )
+    patience = Patience(wait_s=wait_s, repeats=repeats)
+    plan = Plan(rounds_by_batch(batches, rounds), seed, threads, load_s, load_rounds, patience)
     missing = build_environments(cache, contestants)
-    record: dict[str, Any] = {
+    about = {
         "hardware": hardware_record(),
         "settings": asdict(plan),
         "engines": {name: each.how for name, each in contestants.items()},
         "versions": {name: dict(each.pins) for name, each in ENVIRONMENTS.items()},
-        "models": [],
     }
     output.parent.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {"models": {}}
     for name in models.split(","):
         failures = dict(missing)
         path = prepare(name, folder, cache, failures)
-        record["models"].append({"model": name, **measure(path, contestants, failures, plan, cache)})
+        record["models"][name] = about | measure(path, contestants, failures, plan, cache)
         output.write_text(json.dumps(record, indent=2) + "\n")
     show_record(record, console)
     save_plot(record, output.with_suffix(".png"))
@@ -90,6 +91,16 @@ def run(
 def show(record: Annotated[Path, typer.Argument()] = OUTPUT) -> None:
     """The tables of a saved run; nothing is measured."""
     show_record(json.loads(record.read_text()), console)
+
+
+def rounds_by_batch(batches: str, rounds: str) -> dict[int, int]:
+    """``"1,16"`` and ``"5,3"`` or ``"5"``."""
+    sizes, counts = ([int(each) for each in text.split(",")] for text in (batches, rounds))
+    if len(counts) == 1:
+        counts *= len(sizes)
+    if len(counts) != len(sizes) or min(counts) < 1 or sizes != sorted(set(sizes)):
+        raise typer.BadParameter(f"--rounds must be one number or one for each of rising --batches, got {rounds}")
+    return dict(zip(sizes, counts, strict=True))
 
 
 def build_environments(cache: Path, contestants: Mapping[str, Contestant]) -> dict[str, str]:
@@ -126,7 +137,7 @@ def measure(
     try:
         machine = measure_machine(plan.threads)
         rows = list(measure_batches(field, plan, console.print))
-        rates = load_rates(rows, contestants) if plan.load_s else {}
+        rates = load_rates(rows, contestants) if plan.load_rounds else {}
         loads = [row for rate, names in rates.items() for row in measure_load(field, plan, rate, names, console.print)]
         memory = {name: asdict(each) for name, each in field.memory().items()}
     finally:

@@ -19,20 +19,21 @@ Say = Callable[[str], None]
 
 START_TIMEOUT_S = 900.0  # vLLM compiles on its first start
 TURN_TIMEOUT_S = 300.0
-WARM_UP_ROUND, WARM_UP_TOKENS = 1 << 20, 4
+WARM_UP_ROUND, WARM_UP_PROMPT, WARM_UP_OUTPUT = 1 << 20, 32, 4  # short, so that large batches do not take minutes
 FEWEST_REQUESTS, MOST_REQUESTS = 8, 200
 UTILISATION = 0.5  # of what the slowest engine asked can do
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """``load_s``: about how long the requests of one load keep arriving, in each round; 0 for no load."""
+    """``rounds`` by batch size: large batches take longer and vary less. ``load_s``: about how long the requests of one
+    load keep arriving, in each of ``load_rounds``."""
 
-    batches: tuple[int, ...]
-    rounds: int
+    rounds: Mapping[int, int]
     seed: int
     threads: int
     load_s: float
+    load_rounds: int
     patience: Patience
 
 
@@ -46,7 +47,7 @@ def start_field(
         "op": "load",
         "model": str(model.resolve()),
         "threads": plan.threads,
-        "max_sequences": max(plan.batches),
+        "max_sequences": max(plan.rounds),
         "max_length": MAX_LENGTH,
     }
     for name, each in contestants.items():
@@ -61,15 +62,16 @@ def start_field(
 
 
 def measure_batches(field: Field, plan: Plan, say: Say) -> Iterator[Row]:
-    """One row an engine, batch size and round; each batch size is warmed up first by a round that is not counted."""
-    for batch in plan.batches:
-        work = batch_work(plan.seed, WARM_UP_ROUND, batch)
+    """One row an engine, batch size and round; each batch size is warmed up first by turns that are not counted."""
+    for batch in plan.rounds:
+        prompts = [prompt[:WARM_UP_PROMPT] for prompt in batch_work(plan.seed, WARM_UP_ROUND, batch).prompts]
         for name in field.names:
-            field.ask(name, {"op": "batch", "prompts": work.prompts, "num_output": WARM_UP_TOKENS}, TURN_TIMEOUT_S)
-    for number in range(plan.rounds):
-        for batch in plan.batches:
-            say(f"round {number + 1} of {plan.rounds}, batch {batch}")
-            yield from _batch_round(field, plan, number, batch)
+            field.ask(name, {"op": "batch", "prompts": prompts, "num_output": WARM_UP_OUTPUT}, TURN_TIMEOUT_S)
+    for number in range(max(plan.rounds.values())):
+        for batch, rounds in plan.rounds.items():
+            if number < rounds:
+                say(f"batch {batch}, round {number + 1} of {rounds}")
+                yield from _batch_round(field, plan, number, batch)
 
 
 def _batch_round(field: Field, plan: Plan, number: int, batch: int) -> list[Row]:
@@ -117,8 +119,8 @@ def measure_load(field: Field, plan: Plan, rate: float, names: Sequence[str], sa
     """One row an engine and round: all latencies of that round's requests."""
     count = round(min(MOST_REQUESTS, max(FEWEST_REQUESTS, rate * plan.load_s)))
     timeout_s = TURN_TIMEOUT_S + count / rate
-    for number in range(plan.rounds):
-        say(f"round {number + 1} of {plan.rounds}, {rate:.2f} requests/s")
+    for number in range(plan.load_rounds):
+        say(f"{rate:.2f} requests/s, round {number + 1} of {plan.load_rounds}")
         request = {"op": "load_test", "requests": load_work(plan.seed, number, rate, count)}
         for name in rotated([each for each in field.names if each in names], number):
             turn = field.ask(name, request, timeout_s)

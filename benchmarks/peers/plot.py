@@ -14,14 +14,14 @@ FIGURES = ("decode", "prefill")
 
 def save_plot(record: Mapping[str, Any], path: Path) -> None:
     """Medians as bars, ranges of the rounds as whiskers."""
-    engines, models = list(record["engines"]), record["models"]
+    models = record["models"]
     figure = Figure(figsize=(12, 4 * len(models)), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(models), len(FIGURES), squeeze=False)
-    for row, model in zip(panels, models, strict=True):
+    for row, (checkpoint, model) in zip(panels, models.items(), strict=True):
         for axes, name in zip(row, FIGURES, strict=True):
-            _draw(axes, [cell for cell in model["cells"] if cell["figure"] == name], engines)
-            axes.set(title=f"{model['model']}: {name}", xlabel="batch", ylabel="tokens/s", yscale="log")
+            _draw(axes, [cell for cell in model["cells"] if cell["figure"] == name], list(model["engines"]))
+            axes.set(title=f"{checkpoint}: {name}", xlabel="batch", ylabel="tokens/s", yscale="log")
     panels[0][0].legend(fontsize="small")
     figure.savefig(path, dpi=110)
 

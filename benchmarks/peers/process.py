@@ -1,4 +1,4 @@
-"""The parent's side of a worker: a process and session of its own, a request and an answer at a time.
+"""The parent's side of a worker: a process group of its own, a request and an answer at a time.
 
 Between its turns every process of a worker is stopped (SIGSTOP), so that no thread pool that spins at a barrier takes a
 core from the engine that is being measured.
@@ -56,7 +56,7 @@ class Worker:
                 stderr=stderr,
                 cwd=folder,
                 env=dict(environment),
-                start_new_session=True,
+                process_group=0,  # not a session: the priority of the one that measures holds for its workers
             )
         self._stop()
 

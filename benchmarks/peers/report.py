@@ -12,18 +12,18 @@ Record = Mapping[str, Any]
 
 
 def show(record: Record, console: Console) -> None:
-    for model in record["models"]:
-        console.print(throughput_table(model, record["engines"]))
-        console.print(bytes_table(model))
+    for name, model in record["models"].items():
+        console.print(throughput_table(name, model))
+        console.print(bytes_table(name, model))
         if model["loads"]:
-            console.print(load_table(model, record["engines"]))
-        console.print(engine_table(model, record["engines"]))
+            console.print(load_table(name, model))
+        console.print(engine_table(name, model))
 
 
-def throughput_table(model: Record, engines: Mapping[str, str]) -> Table:
-    machine = model["machine"]
+def throughput_table(name: str, model: Record) -> Table:
+    machine, engines = model["machine"], model["engines"]
     title = (
-        f"{model['model']}: tokens/s, share of the roof in brackets "
+        f"{name}: tokens/s, share of the roof in brackets "
         f"(memory {machine['bytes_per_s'] / 1e9:.1f} GB/s, bf16 {machine['flop_per_s'] / 1e9:.0f} GFLOP/s)"
     )
     table = Table(
@@ -34,7 +34,7 @@ def throughput_table(model: Record, engines: Mapping[str, str]) -> Table:
             str(cell["batch"]),
             cell["figure"],
             f"{cell['roof_tokens_per_s']:.0f}",
-            *(_figure(cell["engines"].get(name)) for name in engines),
+            *(_figure(cell["engines"].get(each)) for each in engines),
             _ratio(cell.get("over_best"), cell.get("best_peer")),
             _goal(cell.get("over_best")),
             _ratio(cell.get("over_reference")),
@@ -43,8 +43,8 @@ def throughput_table(model: Record, engines: Mapping[str, str]) -> Table:
     return table
 
 
-def bytes_table(model: Record) -> Table:
-    table = Table("batch", "experts", "dense", "cache", "floor ms", title=f"{model['model']}: MB read by a decode step")
+def bytes_table(name: str, model: Record) -> Table:
+    table = Table("batch", "experts", "dense", "cache", "floor ms", title=f"{name}: MB read by a decode step")
     for cell in model["cells"]:
         if parts := cell.get("step_bytes"):
             floor_ms = 1e3 * cell["batch"] / cell["roof_tokens_per_s"]
@@ -52,32 +52,33 @@ def bytes_table(model: Record) -> Table:
     return table
 
 
-def load_table(model: Record, engines: Mapping[str, str]) -> Table:
-    title = f"{model['model']}: time to first token under Poisson arrivals, p50 / p99 ms (requests)"
+def load_table(name: str, model: Record) -> Table:
+    engines = model["engines"]
+    title = f"{name}: time to first token under Poisson arrivals, p50 / p99 ms (requests)"
     table = Table("requests/s", *engines, "best peer / ours p50", "goal", "p99", "goal", title=title)
     for cell in model["loads"]:
         comparisons = (cell.get(f"over_best_ttft_{quantile}_s") for quantile in ("p50", "p99"))
         table.add_row(
             f"{cell['rate']:.2f}",
-            *(_latency(cell["engines"].get(name)) for name in engines),
+            *(_latency(cell["engines"].get(each)) for each in engines),
             *(text for each in comparisons for text in (f"{each['ratio']:.2f}" if each else "-", _goal(each))),
         )
     return table
 
 
-def engine_table(model: Record, engines: Mapping[str, str]) -> Table:
+def engine_table(name: str, model: Record) -> Table:
     """Memory, agreement with transformers, settings, and whoever is missing, with the reason."""
-    title = f"{model['model']}: memory, agreement with transformers"
+    title = f"{name}: memory, agreement with transformers"
     table = Table(
         "engine", "resident MB", "peak MB", "first tokens equal", "prefix equal", "settings or failure", title=title
     )
-    for name, how in engines.items():
-        memory, tokens = model["memory"].get(name), model["agreement"].get(name, {})
+    for engine, how in model["engines"].items():
+        memory, tokens = model["memory"].get(engine), model["agreement"].get(engine, {})
         table.add_row(
-            name,
+            engine,
             *(f"{memory[key] / 1e6:.0f}" if memory else "-" for key in ("resident", "peak")),
             *(f"{tokens[key]:.2f}" if key in tokens else "-" for key in ("first_tokens_equal", "prefix_equal")),
-            f"FAILED: {model['failures'][name]}" if name in model["failures"] else how,
+            f"FAILED: {model['failures'][engine]}" if engine in model["failures"] else how,
         )
     return table
 

@@ -171,7 +171,7 @@ def test_an_engine_that_failed_is_in_the_table_with_its_reason() -> None:
     text = StringIO()
     rows = [row("ours", 0, 10.0)]
     model = {
-        "model": "tiny",
+        "engines": {"ours": "as it is", "vllm": "compiled"},
         "machine": {"bytes_per_s": 1e9, "flop_per_s": 1e12},
         "cells": batch_cells(rows, config("tiny"), MACHINE),
         "loads": [],
@@ -179,8 +179,7 @@ def test_an_engine_that_failed_is_in_the_table_with_its_reason() -> None:
         "agreement": {},
         "failures": {"vllm": "no environment: no wheel"},
     }
-    record = {"engines": {"ours": "as it is", "vllm": "compiled"}, "models": [model]}
-    show(record, Console(file=text, width=200))
+    show({"models": {"tiny": model}}, Console(file=text, width=200))
     assert "failed" in text.getvalue()
     assert "FAILED: no environment: no wheel" in text.getvalue()
 

@@ -122,26 +122,24 @@ time.sleep(60)
     assert eventually(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
 
 
-def plan(rounds: int) -> Plan:
-    return Plan(batches=(1, 3), rounds=rounds, seed=5, threads=1, load_s=0.1, patience=IMPATIENT)
+PLAN = Plan(rounds={1: 2, 3: 1}, seed=5, threads=1, load_s=0.1, load_rounds=1, patience=IMPATIENT)
 
 
 def test_one_engine_fails_and_the_others_go_on(make: Make) -> None:
     field = Field(IMPATIENT, {"absent": "no environment"})
     for engine in ("Echo", "Dies", "Spins", "NeverLoads"):
         field.start(engine, lambda engine=engine: make(engine), LOAD, 30)
-    rows = list(measure_batches(field, plan(rounds=2), lambda text: None))
+    rows = list(measure_batches(field, PLAN, lambda text: None))
     assert {"absent", "Dies", "NeverLoads"} == set(field.failures)
     assert field.failures["absent"] == "no environment"
     assert "failed at batch" in field.failures["Dies"]
     assert "did not start" in field.failures["NeverLoads"]
     turns = [(row["round"], row["batch"], row["engine"]) for row in rows]
-    first, second = ["Echo", "Spins"], ["Spins", "Echo"]
-    assert turns == [(n, b, name) for n, order in ((0, first), (1, second)) for b in (1, 3) for name in order]
+    assert turns == [(0, 1, "Echo"), (0, 1, "Spins"), (0, 3, "Echo"), (0, 3, "Spins"), (1, 1, "Spins"), (1, 1, "Echo")]
     assert all(row["decode_tokens_per_s"] > 0 for row in rows)
     assert list(field.memory()) == ["Echo", "Spins"]
 
-    loads = list(measure_load(field, plan(rounds=1), 400.0, ["Spins", "Dies"], lambda text: None))
+    loads = list(measure_load(field, PLAN, 400.0, ["Spins", "Dies"], lambda text: None))
     assert [row["engine"] for row in loads] == ["Spins"]
     assert len(loads[0]["ttft_s"]) == 40
     assert min(loads[0]["ttft_s"]) >= 0
