@@ -18,7 +18,7 @@ import typer
 from benchmarks.checkpoints import checkpoint
 from benchmarks.hardware import hardware_record
 from benchmarks.peers.environments import ENVIRONMENTS, CannotBuild, build, python_of
-from benchmarks.peers.machine import measure_machine
+from benchmarks.peers.machine import best_of, measure_machine
 from benchmarks.peers.measure import Plan, load_rates, measure_batches, measure_load, start_field
 from benchmarks.peers.plot import save_plot
 from benchmarks.peers.quiet import Patience
@@ -133,13 +133,14 @@ def measure(
 ) -> dict[str, Any]:
     """Everything about one checkpoint."""
     config = parse_config(json.loads((path / "config.json").read_text()))
-    field = start_field(contestants, missing, path, plan, cache)
+    field = start_field(contestants, missing, path, config, plan, cache)
     try:
-        machine = measure_machine(plan.threads)
+        before = measure_machine(plan.threads)
         rows = list(measure_batches(field, plan, console.print))
         rates = load_rates(rows, contestants) if plan.load_rounds else {}
         loads = [row for rate, names in rates.items() for row in measure_load(field, plan, rate, names, console.print)]
         memory = {name: asdict(each) for name, each in field.memory().items()}
+        machine = best_of(before, measure_machine(plan.threads))
     finally:
         field.close()
     cells = batch_cells(rows, config, machine)

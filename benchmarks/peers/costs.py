@@ -35,6 +35,12 @@ class StepBytes:
         return self.experts + self.dense + self.cache
 
 
+def cache_bytes(config: ModelConfig, num_tokens: int, itemsize: int = 2) -> int:
+    """Keys and values of ``num_tokens`` tokens."""
+    heads = sum(2 * layer.attention.num_kv_heads * layer.attention.head_dim for layer in config.layers)
+    return num_tokens * heads * itemsize
+
+
 def decode_bytes(config: ModelConfig, batch: int, context: float) -> StepBytes:
     """Of a decode step of ``batch`` sequences with ``context`` tokens each, in bf16."""
     whole = decode_cost(config, batch, context).num_bytes

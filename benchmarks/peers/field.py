@@ -39,12 +39,21 @@ class Field:
         try:
             return quietest(lambda: worker.ask(request, timeout_s), self._patience)
         except WorkerFailed as error:
-            del self._workers[name]
-            self.failures[name] = f"failed at {request['op']}: {error}"
+            self._drop(name, f"failed at {request['op']}: {error}")
             return None
 
     def memory(self) -> dict[str, Memory]:
-        return {name: worker.memory() for name, worker in self._workers.items()}
+        result = {}
+        for name, worker in list(self._workers.items()):
+            try:
+                result[name] = worker.memory()
+            except WorkerFailed as error:
+                self._drop(name, f"between turns: {error}")
+        return result
+
+    def _drop(self, name: str, reason: str) -> None:
+        del self._workers[name]
+        self.failures[name] = reason
 
     def close(self) -> None:
         for worker in self._workers.values():

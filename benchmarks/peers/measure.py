@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers.costs import cache_bytes
 from benchmarks.peers.field import Field
 from benchmarks.peers.process import Worker
 from benchmarks.peers.quiet import Patience
 from benchmarks.peers.roster import REFERENCE, ROOT, Contestant, command, variables
 from benchmarks.peers.workload import MAX_LENGTH, batch_work, load_work, rotated
+
+from moestro.workers.model_config import ModelConfig
 
 Row = dict[str, Any]
 Say = Callable[[str], None]
@@ -20,6 +23,7 @@ Say = Callable[[str], None]
 START_TIMEOUT_S = 900.0  # vLLM compiles on its first start
 TURN_TIMEOUT_S = 300.0
 WARM_UP_ROUND, WARM_UP_PROMPT, WARM_UP_OUTPUT = 1 << 20, 32, 4  # short, so that large batches do not take minutes
+SPARE = 17 / 16  # blocks that an engine keeps for itself
 FEWEST_REQUESTS, MOST_REQUESTS = 8, 200
 UTILISATION = 0.5  # of what the slowest engine asked can do
 
@@ -38,9 +42,14 @@ class Plan:
 
 
 def start_field(
-    contestants: Mapping[str, Contestant], missing: Mapping[str, str], model: Path, plan: Plan, cache: Path
+    contestants: Mapping[str, Contestant],
+    missing: Mapping[str, str],
+    model: Path,
+    config: ModelConfig,
+    plan: Plan,
+    cache: Path,
 ) -> Field:
-    """``missing``: engines that have no environment, and why."""
+    """``missing``: engines that have no environment, and why. All get the same room for keys and values."""
     field = Field(plan.patience, missing)
     cores = tuple(sorted(os.sched_getaffinity(0)))[: plan.threads]
     request = {
@@ -49,6 +58,7 @@ def start_field(
         "threads": plan.threads,
         "max_sequences": max(plan.rounds),
         "max_length": MAX_LENGTH,
+        "cache_bytes": cache_bytes(config, round(max(plan.rounds) * MAX_LENGTH * SPARE)),
     }
     for name, each in contestants.items():
         if name not in missing:
@@ -135,5 +145,5 @@ def load_rates(rows: Sequence[Row], contestants: Mapping[str, Contestant]) -> di
     for row in rows:
         if contestants[row["engine"]].continuous or row["batch"] == 1:
             able[row["engine"]] = max(able.get(row["engine"], 0.0), row["requests_per_s"])
-    groups = [sorted(able), sorted(name for name in able if contestants[name].continuous)]
+    groups = [sorted(name for name in able if contestants[name].continuous), sorted(able)]
     return {UTILISATION * min(able[name] for name in group): group for group in groups if group}

@@ -84,7 +84,9 @@ class Worker:
             raise
 
     def memory(self) -> Memory:
-        """Of the worker while it is stopped."""
+        """Of the worker while it is stopped. Raises WorkerFailed when it is gone."""
+        if self._process.poll() is not None:
+            raise WorkerFailed(f"ended with status {self._process.returncode}: {self._last_words()}")
         return sum_memory([self.pid, *(child.pid for child in self._children())])
 
     def close(self, timeout_s: float = 10.0) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from benchmarks.checkpoints import SHAPES, checkpoint
-from benchmarks.peers.costs import Machine, decode_bytes, decode_roof, prefill_roof
+from benchmarks.peers.costs import Machine, cache_bytes, decode_bytes, decode_roof, prefill_roof
 from benchmarks.peers.driving import run_batch, run_load
 from benchmarks.peers.engines.port import Emit
 from benchmarks.peers.gguf_names import gguf_sources, hyperparameters
@@ -107,6 +107,7 @@ def test_bytes_of_a_step_by_hand(batch: int, distinct: float) -> None:
     own = batch * 512 + batch * 8 * 2 * 2 * 64  # embedding rows read, new keys and values written
     assert parts.dense == 2 * (8 * (attention + 512 * 16) + 512 * 8192 + own)
     assert parts.cache == 2 * batch * 100 * 8 * 2 * 2 * 64
+    assert parts.cache == cache_bytes(config("tiny"), batch * 100)
     assert decode_roof(config("tiny"), batch, 100, MACHINE) == pytest.approx(batch * 1e9 / parts.total)
 
 
@@ -149,6 +150,8 @@ def test_a_load_is_half_of_what_the_slowest_that_is_asked_can_do() -> None:
     rows = [row("ours", 0, 300, 1), row("ours", 0, 900, 16), row("vllm", 0, 800, 16)]
     rows += [row("transformers", 0, 100, 1), row("transformers", 0, 700, 16)]
     assert load_rates(rows, ROSTER) == {0.5: ["ours", "transformers", "vllm"], 4.0: ["ours", "vllm"]}
+    fast = [*rows, row("transformers", 0, 2000, 1)]
+    assert load_rates(fast, ROSTER) == {4.0: ["ours", "transformers", "vllm"]}, "who can bear the one rate is asked"
 
 
 def test_latencies_of_all_rounds_are_one_sample() -> None:

@@ -20,7 +20,7 @@ from benchmarks.peers.process import Turn, Worker, WorkerFailed
 from benchmarks.peers.quiet import Patience, quietest
 
 ROOT = Path(__file__).resolve().parents[2]
-LOAD = {"op": "load", "model": "none", "threads": 1, "max_sequences": 4, "max_length": 256}
+LOAD = {"op": "load", "model": "none", "threads": 1, "max_sequences": 4, "max_length": 256, "cache_bytes": 1}
 VARIABLES = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
 IMPATIENT = Patience()
 
@@ -127,8 +127,9 @@ PLAN = Plan(rounds={1: 2, 3: 1}, seed=5, threads=1, load_s=0.1, load_rounds=1, p
 
 def test_one_engine_fails_and_the_others_go_on(make: Make) -> None:
     field = Field(IMPATIENT, {"absent": "no environment"})
-    for engine in ("Echo", "Dies", "Spins", "NeverLoads"):
-        field.start(engine, lambda engine=engine: make(engine), LOAD, 30)
+    made = {engine: make(engine) for engine in ("Echo", "Dies", "Spins", "NeverLoads")}
+    for engine, worker in made.items():
+        field.start(engine, lambda worker=worker: worker, LOAD, 30)
     rows = list(measure_batches(field, PLAN, lambda text: None))
     assert {"absent", "Dies", "NeverLoads"} == set(field.failures)
     assert field.failures["absent"] == "no environment"
@@ -138,6 +139,9 @@ def test_one_engine_fails_and_the_others_go_on(make: Make) -> None:
     assert turns == [(0, 1, "Echo"), (0, 1, "Spins"), (0, 3, "Echo"), (0, 3, "Spins"), (1, 1, "Spins"), (1, 1, "Echo")]
     assert all(row["decode_tokens_per_s"] > 0 for row in rows)
     assert list(field.memory()) == ["Echo", "Spins"]
+    made["Echo"].kill()
+    assert list(field.memory()) == ["Spins"], "one that ended between its turns is out as well"
+    assert "between turns" in field.failures["Echo"]
 
     loads = list(measure_load(field, PLAN, 400.0, ["Spins", "Dies"], lambda text: None))
     assert [row["engine"] for row in loads] == ["Spins"]

@@ -14,17 +14,16 @@ from moestro.workers.loading import load_model
 from moestro.workers.rank_setup import RankSpec, build_engine
 
 MAX_STEP_TOKENS = 4096
-KV_BYTES = 2**29
 
 
 class Ours:
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(settings.threads)
-        configure_torch(torch.device("cpu"))
+        configure_torch("cpu")
         spec = RankSpec(
             model=settings.model,
             threads=settings.threads,
-            kv_bytes=KV_BYTES,
+            kv_bytes=settings.cache_bytes,
             max_num_tokens=MAX_STEP_TOKENS,
             max_num_sequences=settings.max_sequences,
         )

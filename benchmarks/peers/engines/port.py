@@ -18,6 +18,7 @@ class Settings:
     threads: int
     max_sequences: int
     max_length: int  # of one sequence, prompt and output together
+    cache_bytes: int  # of keys and values: room for all of them, with a little to spare
 
 
 class PeerEngine(Protocol):

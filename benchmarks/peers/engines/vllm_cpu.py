@@ -9,7 +9,6 @@ from vllm import LLM, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 MAX_STEP_TOKENS = 4096
-KV_BYTES = 2**29
 
 
 class VllmCpu:
@@ -21,7 +20,7 @@ class VllmCpu:
             max_model_len=settings.max_length,
             max_num_seqs=settings.max_sequences,
             max_num_batched_tokens=MAX_STEP_TOKENS,
-            kv_cache_memory_bytes=KV_BYTES,
+            kv_cache_memory_bytes=settings.cache_bytes,
             enable_prefix_caching=False,
         )
         self._engine = llm.llm_engine
