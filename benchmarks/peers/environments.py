@@ -54,7 +54,9 @@ def python_of(folder: Path) -> Path:
 def installed(folder: Path) -> dict[str, str]:
     """Versions by distribution; empty when there is no environment that answers."""
     try:
-        answer = subprocess.run([python_of(folder), "-c", _ASK], capture_output=True, check=True, timeout=BUILD_TIMEOUT_S)
+        answer = subprocess.run(
+            [python_of(folder), "-c", _ASK], capture_output=True, check=True, timeout=BUILD_TIMEOUT_S
+        )
     except (OSError, subprocess.SubprocessError):
         return {}
     return {normal(name): version for name, version in json.loads(answer.stdout).items()}

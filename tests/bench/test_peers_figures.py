@@ -8,17 +8,20 @@ from pathlib import Path
 
 import pytest
 from benchmarks.checkpoints import SHAPES, checkpoint
+from benchmarks.peers.__main__ import rounds_by_batch
 from benchmarks.peers.costs import Machine, cache_bytes, decode_bytes, decode_roof, prefill_roof
 from benchmarks.peers.driving import run_batch, run_load
 from benchmarks.peers.engines.port import Emit
 from benchmarks.peers.gguf_names import gguf_sources, hyperparameters
 from benchmarks.peers.measure import agreement, load_rates
+from benchmarks.peers.plot import save_plot
 from benchmarks.peers.report import show
 from benchmarks.peers.roster import ROSTER
 from benchmarks.peers.summary import batch_cells, load_cells
 from benchmarks.peers.workload import MAX_LENGTH, batch_work, load_work, rotated
 from rich.console import Console
 from safetensors import safe_open
+from typer import BadParameter
 
 from moestro.workers.architectures import parse_config
 from moestro.workers.model_config import ModelConfig
@@ -170,7 +173,7 @@ def test_agreement_is_up_to_the_first_difference() -> None:
     assert agreement(tokens, reference) == {"first_tokens_equal": 0.5, "prefix_equal": 0.25}
 
 
-def test_an_engine_that_failed_is_in_the_table_with_its_reason() -> None:
+def test_an_engine_that_failed_is_in_the_table_with_its_reason(tmp_path: Path) -> None:
     text = StringIO()
     rows = [row("ours", 0, 10.0)]
     model = {
@@ -185,6 +188,16 @@ def test_an_engine_that_failed_is_in_the_table_with_its_reason() -> None:
     show({"models": {"tiny": model}}, Console(file=text, width=200))
     assert "failed" in text.getvalue()
     assert "FAILED: no environment: no wheel" in text.getvalue()
+    save_plot({"models": {"tiny": model}}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rounds_are_one_number_or_one_for_each_batch_size() -> None:
+    assert rounds_by_batch("1,4,16", "5") == {1: 5, 4: 5, 16: 5}
+    assert rounds_by_batch("1,16", "5,2") == {1: 5, 16: 2}
+    for batches, rounds in (("1,4", "1,2,3"), ("4,1", "2"), ("1,1", "2"), ("1", "0")):
+        with pytest.raises(BadParameter):
+            rounds_by_batch(batches, rounds)
 
 
 def test_every_tensor_has_its_name_in_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
