@@ -22,11 +22,14 @@ buf:  ## lint the protos and look for changes that break clients of the last rel
 
 env: $(VENV)/.ready
 
+# The C++ modules are compiled here so that the first start need not wait; without a compiler plain torch serves.
 # torch first and pinned: with the CPU build present nothing else pulls CUDA packages.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m moestro.kernels.cpu.build
+	$(BIN)/python -m moestro.router.native.build
 	touch $@
 
 clean:

@@ -70,6 +70,12 @@ class RankConfig(Section):
     kernels: Literal["auto", "plain", "cpu", "cuda"] = Field(
         default="auto", description="Whose operations compute (kernels/README.md). auto: the fastest that can."
     )
+    graphs: int = Field(
+        default=256,
+        ge=0,
+        le=8192,
+        description="Largest batch whose decode step is a CUDA graph. 0: none.",
+    )
     threads: int = Field(default=0, ge=0, le=1024, description="Compute threads of a CPU rank. 0: cores shared evenly.")
     num_cpus: float = Field(default=1.0, ge=0, description="Ray CPUs a rank asks for in a cluster it did not start.")
     kv_memory: Bytes = Field(

@@ -9,8 +9,8 @@ import torch
 
 from moestro.kernels.backend import Backend
 from moestro.kernels.cpu.backend import make_cpu_backend, why_not_cpu
-from moestro.kernels.cpu.build import BuildError
 from moestro.kernels.cuda.available import why_not_cuda
+from moestro.kernels.native_module import BuildError
 from moestro.kernels.plain import PlainBackend
 
 BackendName = Literal["auto", "plain", "cpu", "cuda"]

@@ -21,6 +21,7 @@ def rank_spec(config: Config) -> RankSpec:
         dtype=config.model.dtype,
         device=config.rank.device,
         kernels=config.rank.kernels,
+        graphs=config.rank.graphs,
         threads=config.rank.threads or threads_per_rank(cluster.groups * cluster.dp * cluster.tp, os.cpu_count() or 1),
         kv_bytes=config.rank.kv_memory,
         shape=GroupShape(cluster.dp, cluster.tp),

@@ -140,7 +140,7 @@ void broadcast_(Board& board, const at::Tensor& x, int root) {
 }  // namespace
 }  // namespace moestro
 
-PYBIND11_MODULE(_board, m) {
+PYBIND11_MODULE(moestro_board, m) {
   using namespace moestro;
   using NoGil = pybind11::call_guard<pybind11::gil_scoped_release>;
   m.attr("TOKEN_BYTES") = kTokenBytes;

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moestro.kernels.native_module import BuildError
 from moestro.router.board import BoardCollectives, NoBoard, form_board
 from moestro.router.mesh import Mesh, StoreAddress, join
 from moestro.router.native import build
@@ -175,7 +176,7 @@ def no_compiler(rank: int, world_size: int, address: StoreAddress) -> str:
     if rank == 1:
 
         def refuse() -> object:
-            raise build.CannotBuild("no C++ compiler: c++ is not found")
+            raise BuildError("no C++ compiler: c++ is not found")
 
         build.load = refuse  # type: ignore[assignment]
     with join(GroupShape(world_size), rank, address.connect(30), timeout_s=30) as mesh:

@@ -14,6 +14,7 @@ from tests.kernels.cpu import needs_cpu_kernels
 from moestro.kernels.choose import choose_backend
 from moestro.kernels.cpu import build
 from moestro.kernels.cpu.backend import CpuBackend
+from moestro.kernels.native_module import BuildError
 from moestro.kernels.plain import PlainBackend
 
 CPU = torch.device("cpu")
@@ -50,7 +51,7 @@ def test_two_processes_build_once(tmp_path):
     compiler.write_text(f'#!/bin/sh\necho "$@" >> {log}\nsleep 0.05\nfor last; do :; done\necho built > "$last"\n')
     compiler.chmod(0o755)
     environment = _environment(CXX=str(compiler), XDG_CACHE_HOME=str(tmp_path / "cache"))
-    code = "from moestro.kernels.cpu import build; print(build._built())"
+    code = "from moestro.kernels.cpu import build; print(build.MODULE.built())"
     processes = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
         for _ in range(2)
@@ -70,8 +71,8 @@ def test_the_words_of_the_compiler_are_reported(tmp_path, monkeypatch):
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(build.BuildError, match="no more disk"):
-        build._built()
+    with pytest.raises(BuildError, match="no more disk"):
+        build.MODULE.built()
     build.load.cache_clear()
     chosen = choose_backend(CPU, torch.bfloat16)
     assert isinstance(chosen.backend, PlainBackend)
