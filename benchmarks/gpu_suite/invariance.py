@@ -17,6 +17,7 @@ from benchmarks.gpu_suite.checks import Check, Settings, Unmet, Values, attempt
 from benchmarks.gpu_suite.engines import Transcript, follow, make_engine
 from benchmarks.small_models import make_model, random_ids, save_model
 
+from moestro.kernels.cpu.experts import CpuExperts
 from moestro.kernels.grouped_experts import LoopedExperts, StackedExperts
 from moestro.router.assign import lay_out
 from moestro.router.placement import Placement
@@ -85,6 +86,8 @@ def held(experts: Any, slot: int) -> Any:
     """A copy of what a slot holds, as ``stage`` would have made it."""
     if isinstance(experts, LoopedExperts):
         return experts.expert_L[slot]
+    if isinstance(experts, CpuExperts):
+        return experts.packed_LP[slot].clone()
     if isinstance(experts, StackedExperts):
         return experts.gate_up_L2ID[slot].clone(), experts.down_LDI[slot].clone()
     copies = experts.gate_up.empty_one(), experts.down.empty_one()

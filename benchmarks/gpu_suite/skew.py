@@ -49,4 +49,4 @@ def skewed(decoder: Decoder, seed: int) -> Decoder:
         replace(layer, mlp=biased(layer.mlp, index)) if isinstance(layer.mlp, MoeMlp) else layer
         for index, layer in enumerate(decoder.layers)
     )
-    return replace(decoder, layers=layers)
+    return decoder.with_layers(layers)

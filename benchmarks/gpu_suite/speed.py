@@ -110,7 +110,7 @@ def measure(plan: Plan, settings: Settings) -> Iterator[Check]:
             "made_s": made_s,
             "weight_bytes": weights,
             "kv_bytes": engine.runner.cache.num_bytes,
-            "backend": decoder.backend.name,
+            "backend": decoder.stack.backend.name,
             "captured_up_to": plan.graphs,
             "experts": sorted(experts),
             "copy_bytes_per_s": measured.bytes_per_s,
