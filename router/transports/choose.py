@@ -161,6 +161,8 @@ def _not_local(problem: Problem, deployment: Deployment) -> str:
 def _no_board(problem: Problem, deployment: Deployment) -> str:
     if deployment.device != "cpu":
         return f"it needs ranks on cpu, not on {deployment.device}"
+    if may_be_captured(problem.num_tokens_N, deployment):
+        return "its ranks wait on the host, which a captured step must not"
     if not deployment.board_bytes:
         return f"there is no board: {deployment.no_board}"
     if problem.dtype not in (torch.bfloat16, torch.float32):
