@@ -12,10 +12,10 @@ from torch import Tensor
 def rotary_tables(angles_Th: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """cos_T1D and *signed* sin_T1D for ``angles_Th`` (T × D/2, fp32): the first half of sin is negated, so that a
     rotation is one roll, one product and one multiply-add."""
-    cos_Th, sin_Th = angles_Th.cos() * scale, angles_Th.sin() * scale
-    cos_T1D = torch.cat((cos_Th, cos_Th), -1).unsqueeze(1)
-    sin_T1D = torch.cat((-sin_Th, sin_Th), -1).unsqueeze(1)
-    return cos_T1D, sin_T1D
+    angles_T1D = torch.cat((angles_Th, angles_Th), -1).unsqueeze(1)
+    cos_T1D, sin_T1D = angles_T1D.cos(), angles_T1D.sin()
+    sin_T1D[..., : angles_Th.shape[1]].neg_()
+    return (cos_T1D, sin_T1D) if scale == 1 else (cos_T1D * scale, sin_T1D * scale)
 
 
 def rotate(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:

@@ -40,13 +40,13 @@ class Stack {
         layers_.push_back(layer);
     }
 
-    // weights of the gates, [layers * T, K], and the stream after each layer, [layers, T, M], where it is wanted.
-    std::pair<at::Tensor, std::optional<at::Tensor>> run(const at::Tensor& x_TM, const at::Tensor& cos_T1R,
-                                                         const at::Tensor& sin_T1R,
-                                                         const std::vector<const BoundPlan*>& plans,
-                                                         const std::vector<at::Tensor>& kvs,
-                                                         const std::vector<at::Tensor>& slots_of_experts,
-                                                         const std::vector<at::Tensor>& rows, bool wants_hidden) const {
+    using Results = std::pair<std::vector<at::Tensor>, std::optional<at::Tensor>>;
+
+    // weights_TK of each gate, and the stream after each layer, [layers, T, M], where it is wanted.
+    Results run(const at::Tensor& x_TM, const at::Tensor& cos_T1R, const at::Tensor& sin_T1R,
+                const std::vector<const BoundPlan*>& plans, const std::vector<at::Tensor>& kvs,
+                const std::vector<at::Tensor>& slots_of_experts, const std::vector<at::Tensor>& rows,
+                bool wants_hidden) const {
         const size_t count = layers_.size();
         TORCH_CHECK_VALUE(plans.size() == count && kvs.size() == count && slots_of_experts.size() == count &&
                               rows.size() == count,
@@ -55,15 +55,16 @@ class Stack {
         const int64_t tokens = x_TM.size(0);
         std::vector<LayerStep> steps;
         steps.reserve(count);
-        int64_t all_k = 0;
+        std::vector<at::Tensor> weights;
+        weights.reserve(count);
         for (size_t l = 0; l < count; ++l) {
             const StackLayer& layer = layers_[l];
             TORCH_CHECK_VALUE(cos_T1R.numel() == tokens * layer.attention.rotary_width && sin_T1R.numel() == cos_T1R.numel(),
                               "the rotary tables have another shape");
             steps.push_back(step_of(layer, *plans[l], kvs[l], slots_of_experts[l], rows[l], tokens));
-            all_k += layer.routing.top_k;
+            weights.push_back(at::empty({tokens, layer.routing.top_k}, at::TensorOptions(at::kFloat)));
+            steps.back().weights_TK = fp32_of(weights.back(), "weights");
         }
-        at::Tensor weights = at::empty({tokens * all_k}, at::TensorOptions(at::kFloat));
         std::optional<at::Tensor> hidden_LTM;
         if (wants_hidden) hidden_LTM = at::empty({static_cast<int64_t>(count), tokens, width_}, x_TM.options());
         const StackStep step = {tokens,
@@ -71,7 +72,6 @@ class Stack {
                                 bf16_of(x_TM, "x"),
                                 fp32_of(cos_T1R, "cos"),
                                 fp32_of(sin_T1R, "sin"),
-                                fp32_of(weights, "weights"),
                                 hidden_LTM ? bf16_of(*hidden_LTM, "hidden") : nullptr};
         at::Tensor workspace = at::empty({workspace_size(layers_, step)}, x_TM.options());
         bool ok;
@@ -111,7 +111,8 @@ class Stack {
                 plan.block_size,
                 bf16_of(kv_NCbW, "the cache"),
                 data_of<int64_t>(slot_E, at::kLong, "slot_E"),
-                data_of<int64_t>(rows_L, at::kLong, "rows_L")};
+                data_of<int64_t>(rows_L, at::kLong, "rows_L"),
+                nullptr};
     }
 
     int64_t width_;

@@ -87,8 +87,7 @@ void add_by_team(const uint16_t* x_TM, const uint16_t* delta_TM, const StackStep
 }
 
 // One layer, whose result is left in delta_TM; before the first layer there is none to add.
-bool run_layer(const StackLayer& layer, const LayerStep& where, const StackStep& step, const Tensors& t, bool is_first,
-               float* weights_TK) {
+bool run_layer(const StackLayer& layer, const LayerStep& where, const StackStep& step, const Tensors& t, bool is_first) {
     const int64_t tokens = step.tokens, width = step.width, per_token = layer.routing.top_k;
     add_rms_norm_by_team(step.x_TM, is_first ? nullptr : t.delta_TM, layer.attention_norm_M, layer.eps, tokens, width,
                          t.h_TM);
@@ -97,10 +96,10 @@ bool run_layer(const StackLayer& layer, const LayerStep& where, const StackStep&
     project(layer.out, t.out_TQW, layer.attention.heads * layer.attention.width, tokens, t.delta_TM);
     add_rms_norm_by_team(step.x_TM, t.delta_TM, layer.mlp_norm_M, layer.eps, tokens, width, t.h_TM);
     project(layer.gate, t.h_TM, width, tokens, t.logits_TE);
-    route_by_team(layer.routing, {nullptr, t.logits_TE}, layer.routing_bias_E, tokens, t.ids_TK, weights_TK);
+    route_by_team(layer.routing, {nullptr, t.logits_TE}, layer.routing_bias_E, tokens, t.ids_TK, where.weights_TK);
     find_slots_by_team(where.slot_E, tokens * per_token, t);
-    if (!mix_experts_by_team(layer.experts, rows_of(t.h_TM, width), tokens, per_token, t.slots_TK, weights_TK, t.delta_TM,
-                             t.count_L))
+    if (!mix_experts_by_team(layer.experts, rows_of(t.h_TM, width), tokens, per_token, t.slots_TK, where.weights_TK,
+                             t.delta_TM, t.count_L))
         return false;
 #pragma omp single
     for (int64_t slot = 0; slot < layer.experts.num_slots; ++slot) where.rows_L[slot] += t.count_L[slot];
@@ -120,10 +119,8 @@ bool run_stack(const std::vector<StackLayer>& layers, const std::vector<LayerSte
 #pragma omp parallel num_threads(threads)
     {
         bool going_on = true;
-        float* weights_TK = step.weights_LTK;
         for (size_t l = 0; l < layers.size() && going_on; ++l) {
-            going_on = run_layer(layers[l], steps[l], step, tensors, l == 0, weights_TK);
-            weights_TK += step.tokens * layers[l].routing.top_k;
+            going_on = run_layer(layers[l], steps[l], step, tensors, l == 0);
             if (going_on && step.hidden_LTM != nullptr)
                 add_by_team(step.x_TM, tensors.delta_TM, step, step.hidden_LTM + l * step.tokens * step.width);
         }

@@ -41,13 +41,13 @@ struct LayerStep {
     uint16_t* kv_NCbW;
     const int64_t* slot_E;  // of each expert
     int64_t* rows_L;        // to which the rows that each slot computes are added
+    float* weights_TK;      // where the gate's weights are left
 };
 
 struct StackStep {
     int64_t tokens, width;
     uint16_t* x_TM;  // the stream: embeddings at first, the last layer's result at the end
     const float *cos_TR, *sin_TR;
-    float* weights_LTK;   // the gates' weights, layer after layer
     uint16_t* hidden_LTM;  // the stream after each layer; null: nobody asks
 };
 

@@ -25,7 +25,6 @@ class CpuStack:
     """A ``LayerStack``. The bits are those of the layers' kernels called one by one."""
 
     stack: Any
-    top_k_Y: tuple[int, ...]
 
     def run(
         self,
@@ -38,10 +37,10 @@ class CpuStack:
         rows_YL: Sequence[Tensor],
         wants_hidden: bool,
     ) -> tuple[list[Tensor], Tensor | None]:
-        weights, hidden_YTM = self.stack.run(x_TM, cos_T1D, sin_T1D, plan_Y, kv_Y, slot_YE, rows_YL, wants_hidden)
-        num_tokens = x_TM.shape[0]
-        sizes = [num_tokens * top_k for top_k in self.top_k_Y]
-        return [piece.view(num_tokens, -1) for piece in weights.split(sizes)], hidden_YTM
+        results: tuple[list[Tensor], Tensor | None] = self.stack.run(
+            x_TM, cos_T1D, sin_T1D, plan_Y, kv_Y, slot_YE, rows_YL, wants_hidden
+        )
+        return results
 
 
 def make_cpu_stack(layers: Sequence[LayerParts]) -> CpuStack | None:
@@ -74,4 +73,4 @@ def make_cpu_stack(layers: Sequence[LayerParts]) -> CpuStack | None:
             experts.packed_LP,
             experts.shape.width,
         )
-    return CpuStack(stack, tuple(layer.gate_spec.top_k for layer in layers))
+    return CpuStack(stack)
