@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -70,6 +70,9 @@ class Decodes:
     slot_S: Tensor  # int64; where each token's key and value are written
     block_size: int
 
+
+BackendName = Literal["auto", "plain", "cpu", "cuda"]  # auto: to be chosen, the name of none
+NAMES: tuple[BackendName, ...] = get_args(BackendName)
 
 Plan = TypeVar("Plan")
 
@@ -134,7 +137,7 @@ class Backend(Protocol):
     """The operations of a layer on one kind of device."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> BackendName: ...
 
     def empty_weight(self, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """An unfilled weight_OI on its way into ``make_linear``."""

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 
-from moestro.kernels.backend import Backend
+from moestro.kernels.backend import Backend, BackendName
 from moestro.kernels.cpu.backend import make_cpu_backend, why_not_cpu
 from moestro.kernels.cuda.available import why_not_cuda
 from moestro.kernels.native_module import BuildError
 from moestro.kernels.plain import PlainBackend
-
-BackendName = Literal["auto", "plain", "cpu", "cuda"]
-NAMES: tuple[BackendName, ...] = get_args(BackendName)
 
 
 @dataclass(frozen=True, slots=True)

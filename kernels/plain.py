@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moestro.kernels.attention_tiles import AttentionTiles, attention_tiles
-from moestro.kernels.backend import AttentionShape, Decodes, HeadNorm, LayerParts, PagedAttention, Spans
+from moestro.kernels.backend import AttentionShape, BackendName, Decodes, HeadNorm, LayerParts, PagedAttention, Spans
 from moestro.kernels.decode_plan import plan_decodes
 from moestro.kernels.gate import GateSpec, route
 from moestro.kernels.grouped_experts import ExpertShape, Fill, GroupedExperts, make_experts
@@ -65,7 +65,7 @@ class PlainAttention(PagedAttention[AttentionPlan]):
 class PlainBackend:
     """A ``Backend``."""
 
-    name: str = "plain"
+    name: BackendName = "plain"
 
     def empty_weight(self, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return empty_weight(out_features, in_features, dtype, device)

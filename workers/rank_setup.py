@@ -12,8 +12,9 @@ from functools import partial
 
 import torch
 
-from moestro.kernels.backend import Backend
-from moestro.kernels.choose import BackendName, choose_backend
+from moestro.kernels.backend import NAMES as BACKEND_NAMES
+from moestro.kernels.backend import Backend, BackendName
+from moestro.kernels.choose import choose_backend
 from moestro.protos.errors import ConfigError
 from moestro.protos.sequences import EngineLimits, EngineLoad
 from moestro.router.expert_parallel import ExpertParallel, over_group
@@ -124,6 +125,7 @@ def build_rank(spec: RankSpec, place: GroupPlace | None = None, on_progress: OnP
             hostname=place.hostname,
         )
         device = mesh.device
+        _agree(mesh, backend)
         experts_over = _over_group(mesh, placements, spec, checkpoint.config, dtype)
         model = load(device=device, tp=mesh.tp, experts=experts_over)
         lockstep = make_lockstep(mesh, place.store)
@@ -138,6 +140,19 @@ def build_rank(spec: RankSpec, place: GroupPlace | None = None, on_progress: OnP
     return BuiltRank(
         RankLoop(engine, lockstep, experts, time.monotonic), engine.limits, engine.load(), str(device), mesh
     )
+
+
+def _agree(mesh: Mesh, backend: Backend) -> None:
+    """Backends differ from each other by rounding, so within a group an answer would depend on where its experts are.
+    Collective. Raises ConfigError, on every rank, when the ranks' hosts have led to different ones."""
+    mine = torch.tensor([BACKEND_NAMES.index(backend.name)])
+    names = [BACKEND_NAMES[code] for code in mesh.control.all_gather(mine).flatten().tolist()]
+    others = [rank for rank, name in enumerate(names) if name != names[0]]
+    if others:
+        raise ConfigError(
+            f"rank.kernels: all ranks of a group must have the same, but rank 0 has {names[0]} and rank {others[0]} "
+            f'{names[others[0]]}; "plain" can serve everywhere'
+        )
 
 
 def _over_group(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moestro.kernels.backend import AttentionShape, HeadNorm, LayerParts, LayerStack, PagedAttention
+from moestro.kernels.backend import AttentionShape, BackendName, HeadNorm, LayerParts, LayerStack, PagedAttention
 from moestro.kernels.cpu.attention import make_cpu_attention
 from moestro.kernels.cpu.build import load, unavailable_reason
 from moestro.kernels.cpu.experts import make_cpu_experts
@@ -40,7 +40,7 @@ class CpuBackend:
     ``plain``."""
 
     plain: PlainBackend
-    name: str = "cpu"
+    name: BackendName = "cpu"
 
     def empty_weight(self, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return self.plain.empty_weight(out_features, in_features, dtype, device)

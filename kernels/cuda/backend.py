@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moestro.kernels.backend import AttentionShape, HeadNorm, LayerParts
+from moestro.kernels.backend import AttentionShape, BackendName, HeadNorm, LayerParts
 from moestro.kernels.cuda import gate
 from moestro.kernels.cuda.attention import CudaAttention, make_attention
 from moestro.kernels.cuda.experts import make_cuda_experts
@@ -26,7 +26,7 @@ from moestro.kernels.linear import Linear
 class CudaBackend:
     """A ``Backend``. Linears may be in fp32 too, as some gates are."""
 
-    name: str = "cuda"
+    name: BackendName = "cuda"
 
     def empty_weight(self, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(out_features, in_features, dtype=dtype, device=device)

@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from moestro.protos import wire
+from moestro.protos.errors import ConfigError
 from moestro.protos.gen import rank_pb2 as pb
 from moestro.protos.sequences import SamplingParams, SequenceRequest
 from moestro.router.mesh import StoreAddress
@@ -104,3 +105,13 @@ def _all_here(store: Any, what: str, world_size: int) -> None:
     if store.add(f"count {what}", 1) == world_size:
         store.set(what, b"")
     store.wait([what])
+
+
+def with_kernels_of_its_own(rank: int, world_size: int, address: StoreAddress, model: str) -> str:
+    """What a rank says whose host has led to other kernels than its peer's."""
+    spec = RankSpec(model, shape=GroupShape(world_size), kernels="auto" if rank == 0 else "plain", threads=1)
+    try:
+        build_rank(spec, GroupPlace(rank, 0, address))
+    except ConfigError as error:
+        return str(error)
+    return ""
