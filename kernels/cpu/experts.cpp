@@ -8,6 +8,8 @@
 
 #include "memory.h"
 #include "pairs.h"
+#include "powers.h"
+#include "stores.h"
 #include "vectors.h"
 
 namespace {
@@ -38,7 +40,7 @@ std::vector<Job> jobs_of(const Experts& experts, const int64_t* count_of_slot) {
 
 __m512 silu(__m512 x) {
     const __m512 one = _mm512_set1_ps(1.0f);
-    return _mm512_div_ps(x, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+    return _mm512_div_ps(x, _mm512_add_ps(one, exp_16(_mm512_sub_ps(_mm512_setzero_ps(), x))));
 }
 
 // One panel of a weight and what it multiplies.
@@ -102,7 +104,7 @@ void gate_up_panel(const ExpertSize& size, const Rows& x, const Task& task, cons
             for (int v = 0; v < kVectors / 2; ++v) {
                 const int64_t at = task.column / 2 + kLanes * v;
                 const __m512 h = _mm512_mul_ps(silu(sum[v]), sum[v + kVectors / 2]);
-                store_bf16(hidden + row * size.width + at, h, lanes(size.width - at));
+                put_rounded(hidden + row * size.width + at, h, lanes(size.width - at));
             }
         });
 }
@@ -117,7 +119,7 @@ void down_panel(const ExpertSize& size, const Rows& hidden, const Task& task, co
 #pragma GCC unroll 4
             for (int v = 0; v < kVectors; ++v) {
                 const int64_t at = task.column + kLanes * v;
-                store_bf16(y.row(row) + at, sum[v], lanes(size.model_width - at));
+                put_rounded(y.row(row) + at, sum[v], lanes(size.model_width - at));
             }
         });
 }
@@ -131,7 +133,7 @@ void sum_token(const uint16_t* rows, const float* weights, int64_t per_token, in
         };
         __m512 sum = term(0);
         for (int64_t k = 1; k < per_token; ++k) sum = _mm512_add_ps(sum, term(k));
-        store_bf16(y + at, sum, mask);
+        put_rounded(y + at, sum, mask);
     }
 }
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "stores.h"
 #include "vectors.h"
 
 namespace {
@@ -49,7 +50,7 @@ struct Product {
                     const __mmask16 mask = lanes(columns - at);
                     __m512 out = sum[v];
                     if (bias != nullptr) out = _mm512_add_ps(out, load_bf16(bias + at, mask));
-                    if (y.bf16 != nullptr) store_bf16(y.bf16 + row * columns + at, out, mask);
+                    if (y.bf16 != nullptr) put_rounded(y.bf16 + row * columns + at, out, mask);
                     else _mm512_mask_storeu_ps(y.fp32 + row * columns + at, mask, out);
                 }
             });

@@ -6,6 +6,7 @@
 
 #include "gemm.h"
 #include "norms.h"
+#include "stores.h"
 #include "vectors.h"
 
 namespace {
@@ -81,7 +82,7 @@ void add_by_team(const uint16_t* x_TM, const uint16_t* delta_TM, const StackStep
         for (int64_t m = 0; m < step.width; m += kLanes) {
             const __mmask16 mask = lanes(step.width - m);
             const __m512 sum = _mm512_add_ps(load_bf16(x_TM + row + m, mask), load_bf16(delta_TM + row + m, mask));
-            store_bf16(out_TM + row + m, sum, mask);
+            put_rounded(out_TM + row + m, sum, mask);
         }
     }
 }

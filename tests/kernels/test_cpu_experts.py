@@ -214,3 +214,20 @@ def test_any_shape(num_slots, model_width, width, tokens, k, threads, seed):
     t = seed % tokens
     assert torch.equal(experts.mix(x_TD[t : t + 1], slots_TK[t : t + 1], weights_TK[t : t + 1])[0], got[t : t + 1])
     assert torch.equal(got, mix_sorted(experts, num_slots, x_TD, slots_TK, weights_TK)[0])
+
+
+@needs_cpu_kernels
+def test_the_activation_of_very_large_gates():
+    """silu(x) is x far above zero and nothing far below, also where e to the x is no number any more."""
+    gates = torch.tensor([1e9, 1e13, 1e20, 1e30, -1e9, -1e13, -1e20, -1e30]).bfloat16()
+    width = len(gates)
+
+    def fill(gate_up_2ID: torch.Tensor, down_DI: torch.Tensor) -> None:
+        gate_up_2ID[:width, 0], gate_up_2ID[width:, 0] = gates, 1
+        down_DI.copy_(torch.eye(width))
+
+    shape = ExpertShape(width, width, torch.bfloat16, torch.device("cpu"))
+    x_RD = torch.zeros(1, width, dtype=torch.bfloat16)
+    x_RD[0, 0] = 1
+    y_RD = make_cpu_experts(shape, [lambda a, b: (a.zero_(), fill(a, b))]).apply(x_RD, torch.tensor([1]))
+    assert torch.equal(y_RD[0], gates.clamp(min=0))
