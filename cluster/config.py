@@ -81,6 +81,12 @@ class RankConfig(Section):
     kv_memory: Bytes = Field(
         default=256 * 2**20, ge=2**20, description="Bytes of a rank's KV pool. Larger: more sequences at once."
     )
+    memory: Bytes = Field(
+        default=0,
+        ge=0,
+        description="Bytes a rank may use in all, on its device: how many lost ranks' experts it could take in. "
+        "0: its share of what there is.",
+    )
 
 
 class SchedulerSection(Section):
@@ -128,6 +134,55 @@ class ExpertsConfig(Section):
     )
 
 
+class RecoveryConfig(Section):
+    watchdog_s: float = Field(
+        default=0.0,
+        ge=0,
+        le=3600,
+        description="A rank that neither steps nor answers for so long is taken for lost. 0: 3 on CPU, 30 on CUDA.",
+    )
+    replace: bool = Field(default=True, description="Start a new rank for each that was lost.")
+    min_ranks: int = Field(
+        default=1, ge=1, le=65536, description="A group with fewer ranks left drains and is replaced as a whole."
+    )
+    migrations: int = Field(
+        default=3, ge=0, le=100, description="Times that a request goes on elsewhere; after that UNAVAILABLE."
+    )
+    patience_s: float = Field(
+        default=60.0, ge=0, le=3600, description="How long a request that lost its rank waits for another."
+    )
+    resume_s: float = Field(
+        default=60.0, ge=0, le=3600, description="How long a client that was cut off may come back for its stream."
+    )
+    max_parked: int = Field(
+        default=1024, ge=0, le=2**20, description="Journals kept for clients that were cut off; the oldest go first."
+    )
+
+
+class AdmissionConfig(Section):
+    max_queued: int = Field(
+        default=1024, ge=0, le=2**20, description="Requests that wait at a gateway; beyond it RESOURCE_EXHAUSTED."
+    )
+    max_queued_tokens: int = Field(
+        default=0, ge=0, description="Tokens of prompts that wait at a gateway. 0: as many as its ranks can hold."
+    )
+    max_queue_s: float = Field(
+        default=30.0, gt=0, le=86400, description="A request that would wait longer is refused at once."
+    )
+    quantum: int = Field(
+        default=512, ge=1, le=2**20, description="Tokens a client may start before it is the next one's turn."
+    )
+    stall_s: float = Field(
+        default=30.0, gt=0, le=86400, description="A client that reads nothing for so long is cut off; it may resume."
+    )
+    max_unread_tokens: int = Field(
+        default=4096,
+        ge=1,
+        le=2**24,
+        description="Tokens held for a client that does not read; beyond it it is cut off.",
+    )
+
+
 class ServerConfig(Section):
     host: str = Field(default="127.0.0.1", description="Address the gateways listen on. 0.0.0.0: every interface.")
     port: int = Field(default=50051, ge=0, le=65535, description="gRPC port. 0: any free one.")
@@ -153,6 +208,8 @@ class Config(Section):
     rank: RankConfig = RankConfig()
     scheduler: SchedulerSection = SchedulerSection()
     experts: ExpertsConfig = ExpertsConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
+    admission: AdmissionConfig = AdmissionConfig()
     server: ServerConfig = ServerConfig()
 
 

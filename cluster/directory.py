@@ -16,6 +16,7 @@ EXPIRY_S = 10.0  # who has not reported for so long is gone
 class RankState(Enum):
     STARTING = "starting"
     SERVING = "serving"
+    DRAINING = "draining"
     LOST = "lost"
 
 

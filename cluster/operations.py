@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 _STATES = {
     RankState.STARTING: pb.RANK_STATE_STARTING,
     RankState.SERVING: pb.RANK_STATE_SERVING,
+    RankState.DRAINING: pb.RANK_STATE_DRAINING,
     RankState.LOST: pb.RANK_STATE_LOST,
 }
 

@@ -6,7 +6,9 @@
     ├── UnknownModel          no such model is served here                      NOT_FOUND
     ├── Overloaded            a bound of ours was reached; try again later      RESOURCE_EXHAUSTED
     ├── Unavailable           no rank can take it now; try again later          UNAVAILABLE
+    │   └── EngineLost        the engine that ran it is gone; can go on elsewhere
     ├── SequenceFailed        this one request failed inside the engine         INTERNAL
+    │   └── Quarantined       it was there each time that a worker died         INTERNAL
     ├── ConfigError           configuration file or option                      (at start)
     └── CheckpointError       a checkpoint that must not be served              (at start)
 
@@ -68,8 +70,27 @@ class Unavailable(MoestroError):
         super().__init__(message)
 
 
+class EngineLost(Unavailable):
+    """The engine that ran a request is gone, or has the request no more. The request can go on elsewhere.
+
+    ``died``: the engine ended in a way that the request may have caused; not so when it was asked to go, or when only a
+    neighbour was lost."""
+
+    def __init__(self, message: str, *, died: bool, retry_after_s: float = 1.0) -> None:
+        self.died = died
+        super().__init__(message, retry_after_s)
+
+
 class SequenceFailed(MoestroError):
     """One sequence failed inside the engine; its neighbours did not."""
+
+
+class Quarantined(SequenceFailed):
+    """The request was running each time that a worker died, and is not tried again. ``incident`` names the record."""
+
+    def __init__(self, message: str, incident: str) -> None:
+        self.incident = incident
+        super().__init__(message)
 
 
 class ConfigError(MoestroError):

@@ -158,3 +158,5 @@ class EngineLoad:
     kv_blocks_total: int = 0
     num_steps: int = 0
     step_s: float = 0.0  # duration of the last step
+    slowness: float = 1.0  # time for the same work against the median of the group; a straggler's is well above 1
+    is_shedding: bool = False  # memory runs short: it takes nothing new

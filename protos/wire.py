@@ -185,6 +185,8 @@ def encode_load(load: EngineLoad) -> pb.Load:
         kv_blocks_total=load.kv_blocks_total,
         num_steps=load.num_steps,
         step_s=load.step_s,
+        slowness=load.slowness,
+        shedding=load.is_shedding,
     )
 
 
@@ -196,6 +198,8 @@ def decode_load(message: pb.Load) -> EngineLoad:
         message.kv_blocks_total,
         message.num_steps,
         message.step_s,
+        message.slowness or 1.0,
+        message.shedding,
     )
 
 

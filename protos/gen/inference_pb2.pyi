@@ -21,6 +21,7 @@ class RankState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     RANK_STATE_SERVING: _ClassVar[RankState]
     RANK_STATE_LOST: _ClassVar[RankState]
     RANK_STATE_STARTING: _ClassVar[RankState]
+    RANK_STATE_DRAINING: _ClassVar[RankState]
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_EOS: FinishReason
 FINISH_REASON_STOP_TOKEN: FinishReason
@@ -30,6 +31,7 @@ RANK_STATE_UNSPECIFIED: RankState
 RANK_STATE_SERVING: RankState
 RANK_STATE_LOST: RankState
 RANK_STATE_STARTING: RankState
+RANK_STATE_DRAINING: RankState
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)
@@ -91,7 +93,7 @@ class OutputParams(_message.Message):
     def __init__(self, n: _Optional[int] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "text", "token_ids", "sampling", "stop", "output", "priority", "request_id", "diagnostics")
+    __slots__ = ("model", "text", "token_ids", "sampling", "stop", "output", "priority", "request_id", "diagnostics", "resume")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -101,6 +103,7 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     DIAGNOSTICS_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
     model: str
     text: str
     token_ids: TokenIds
@@ -110,7 +113,26 @@ class GenerateRequest(_message.Message):
     priority: int
     request_id: str
     diagnostics: Diagnostics
-    def __init__(self, model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[StopParams, _Mapping]] = ..., output: _Optional[_Union[OutputParams, _Mapping]] = ..., priority: _Optional[int] = ..., request_id: _Optional[str] = ..., diagnostics: _Optional[_Union[Diagnostics, _Mapping]] = ...) -> None: ...
+    resume: Resume
+    def __init__(self, model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[StopParams, _Mapping]] = ..., output: _Optional[_Union[OutputParams, _Mapping]] = ..., priority: _Optional[int] = ..., request_id: _Optional[str] = ..., diagnostics: _Optional[_Union[Diagnostics, _Mapping]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ...) -> None: ...
+
+class Resume(_message.Message):
+    __slots__ = ("last_sequence_number", "choices")
+    LAST_SEQUENCE_NUMBER_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
+    last_sequence_number: int
+    choices: _containers.RepeatedCompositeFieldContainer[ResumedChoice]
+    def __init__(self, last_sequence_number: _Optional[int] = ..., choices: _Optional[_Iterable[_Union[ResumedChoice, _Mapping]]] = ...) -> None: ...
+
+class ResumedChoice(_message.Message):
+    __slots__ = ("index", "token_ids", "finish_reason")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    finish_reason: FinishReason
+    def __init__(self, index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ...) -> None: ...
 
 class Diagnostics(_message.Message):
     __slots__ = ("rank", "max_chunk", "preempt_at", "trace")
@@ -161,7 +183,7 @@ class ChatMessage(_message.Message):
     def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
 
 class ChatRequest(_message.Message):
-    __slots__ = ("model", "messages", "sampling", "stop", "output", "priority", "request_id", "diagnostics")
+    __slots__ = ("model", "messages", "sampling", "stop", "output", "priority", "request_id", "diagnostics", "resume")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -170,6 +192,7 @@ class ChatRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     DIAGNOSTICS_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
     model: str
     messages: _containers.RepeatedCompositeFieldContainer[ChatMessage]
     sampling: SamplingParams
@@ -178,7 +201,8 @@ class ChatRequest(_message.Message):
     priority: int
     request_id: str
     diagnostics: Diagnostics
-    def __init__(self, model: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[StopParams, _Mapping]] = ..., output: _Optional[_Union[OutputParams, _Mapping]] = ..., priority: _Optional[int] = ..., request_id: _Optional[str] = ..., diagnostics: _Optional[_Union[Diagnostics, _Mapping]] = ...) -> None: ...
+    resume: Resume
+    def __init__(self, model: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[StopParams, _Mapping]] = ..., output: _Optional[_Union[OutputParams, _Mapping]] = ..., priority: _Optional[int] = ..., request_id: _Optional[str] = ..., diagnostics: _Optional[_Union[Diagnostics, _Mapping]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ...) -> None: ...
 
 class ChatResponse(_message.Message):
     __slots__ = ("event",)
@@ -265,7 +289,7 @@ class PositionLogprobs(_message.Message):
     def __init__(self, token: _Optional[_Union[TokenLogprob, _Mapping]] = ..., top: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("prompt_tokens", "output_tokens", "cached_tokens", "queued_seconds", "prefill_seconds", "decode_seconds", "preemptions")
+    __slots__ = ("prompt_tokens", "output_tokens", "cached_tokens", "queued_seconds", "prefill_seconds", "decode_seconds", "preemptions", "migrations")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -273,6 +297,7 @@ class Usage(_message.Message):
     PREFILL_SECONDS_FIELD_NUMBER: _ClassVar[int]
     DECODE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    MIGRATIONS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     output_tokens: int
     cached_tokens: int
@@ -280,7 +305,8 @@ class Usage(_message.Message):
     prefill_seconds: float
     decode_seconds: float
     preemptions: int
-    def __init__(self, prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., queued_seconds: _Optional[float] = ..., prefill_seconds: _Optional[float] = ..., decode_seconds: _Optional[float] = ..., preemptions: _Optional[int] = ...) -> None: ...
+    migrations: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., queued_seconds: _Optional[float] = ..., prefill_seconds: _Optional[float] = ..., decode_seconds: _Optional[float] = ..., preemptions: _Optional[int] = ..., migrations: _Optional[int] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("model", "text", "add_special_tokens")
@@ -363,29 +389,35 @@ class GetClusterStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetClusterStatusResponse(_message.Message):
-    __slots__ = ("groups", "open_streams")
+    __slots__ = ("groups", "open_streams", "queued_requests")
     GROUPS_FIELD_NUMBER: _ClassVar[int]
     OPEN_STREAMS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     groups: _containers.RepeatedCompositeFieldContainer[Group]
     open_streams: int
-    def __init__(self, groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., open_streams: _Optional[int] = ...) -> None: ...
+    queued_requests: int
+    def __init__(self, groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., open_streams: _Optional[int] = ..., queued_requests: _Optional[int] = ...) -> None: ...
 
 class Group(_message.Message):
-    __slots__ = ("name", "dp", "tp", "epoch", "ranks")
+    __slots__ = ("name", "dp", "tp", "epoch", "ranks", "activity", "spare_ranks")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DP_FIELD_NUMBER: _ClassVar[int]
     TP_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
+    ACTIVITY_FIELD_NUMBER: _ClassVar[int]
+    SPARE_RANKS_FIELD_NUMBER: _ClassVar[int]
     name: str
     dp: int
     tp: int
     epoch: int
     ranks: _containers.RepeatedCompositeFieldContainer[Rank]
-    def __init__(self, name: _Optional[str] = ..., dp: _Optional[int] = ..., tp: _Optional[int] = ..., epoch: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[Rank, _Mapping]]] = ...) -> None: ...
+    activity: str
+    spare_ranks: int
+    def __init__(self, name: _Optional[str] = ..., dp: _Optional[int] = ..., tp: _Optional[int] = ..., epoch: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[Rank, _Mapping]]] = ..., activity: _Optional[str] = ..., spare_ranks: _Optional[int] = ...) -> None: ...
 
 class Rank(_message.Message):
-    __slots__ = ("name", "dp_rank", "tp_rank", "state", "num_running", "num_waiting", "kv_blocks_used", "kv_blocks_total", "num_steps", "step_seconds", "resident_bytes", "device")
+    __slots__ = ("name", "dp_rank", "tp_rank", "state", "num_running", "num_waiting", "kv_blocks_used", "kv_blocks_total", "num_steps", "step_seconds", "resident_bytes", "device", "slowness", "straggler")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DP_RANK_FIELD_NUMBER: _ClassVar[int]
     TP_RANK_FIELD_NUMBER: _ClassVar[int]
@@ -398,6 +430,8 @@ class Rank(_message.Message):
     STEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    SLOWNESS_FIELD_NUMBER: _ClassVar[int]
+    STRAGGLER_FIELD_NUMBER: _ClassVar[int]
     name: str
     dp_rank: int
     tp_rank: int
@@ -410,7 +444,9 @@ class Rank(_message.Message):
     step_seconds: float
     resident_bytes: int
     device: str
-    def __init__(self, name: _Optional[str] = ..., dp_rank: _Optional[int] = ..., tp_rank: _Optional[int] = ..., state: _Optional[_Union[RankState, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., num_steps: _Optional[int] = ..., step_seconds: _Optional[float] = ..., resident_bytes: _Optional[int] = ..., device: _Optional[str] = ...) -> None: ...
+    slowness: float
+    straggler: bool
+    def __init__(self, name: _Optional[str] = ..., dp_rank: _Optional[int] = ..., tp_rank: _Optional[int] = ..., state: _Optional[_Union[RankState, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., num_steps: _Optional[int] = ..., step_seconds: _Optional[float] = ..., resident_bytes: _Optional[int] = ..., device: _Optional[str] = ..., slowness: _Optional[float] = ..., straggler: _Optional[bool] = ...) -> None: ...
 
 class GetExpertsRequest(_message.Message):
     __slots__ = ("group",)

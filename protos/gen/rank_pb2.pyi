@@ -141,7 +141,7 @@ class Step(_message.Message):
     def __init__(self, deltas: _Optional[_Iterable[_Union[Delta, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
 
 class Delta(_message.Message):
-    __slots__ = ("sequence_id", "token_ids", "logprobs", "prompt_logprobs", "finish", "error", "ledger", "refused", "trace")
+    __slots__ = ("sequence_id", "token_ids", "logprobs", "prompt_logprobs", "finish", "error", "ledger", "refused", "trace", "lost")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -151,6 +151,7 @@ class Delta(_message.Message):
     LEDGER_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
     sequence_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedCompositeFieldContainer[Logprobs]
@@ -160,7 +161,8 @@ class Delta(_message.Message):
     ledger: Ledger
     refused: bool
     trace: _containers.RepeatedCompositeFieldContainer[_inference_pb2.PositionTrace]
-    def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[Logprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[Logprobs, _Mapping]]] = ..., finish: _Optional[_Union[Finish, str]] = ..., error: _Optional[str] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., refused: _Optional[bool] = ..., trace: _Optional[_Iterable[_Union[_inference_pb2.PositionTrace, _Mapping]]] = ...) -> None: ...
+    lost: bool
+    def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[Logprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[Logprobs, _Mapping]]] = ..., finish: _Optional[_Union[Finish, str]] = ..., error: _Optional[str] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., refused: _Optional[bool] = ..., trace: _Optional[_Iterable[_Union[_inference_pb2.PositionTrace, _Mapping]]] = ..., lost: _Optional[bool] = ...) -> None: ...
 
 class Logprobs(_message.Message):
     __slots__ = ("absent", "token_id", "logprob", "top_ids", "top_logprobs")
@@ -193,20 +195,24 @@ class Ledger(_message.Message):
     def __init__(self, queued_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., num_cached_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_steps: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "kv_blocks_used", "kv_blocks_total", "num_steps", "step_s")
+    __slots__ = ("num_running", "num_waiting", "kv_blocks_used", "kv_blocks_total", "num_steps", "step_s", "slowness", "shedding")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_USED_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     STEP_S_FIELD_NUMBER: _ClassVar[int]
+    SLOWNESS_FIELD_NUMBER: _ClassVar[int]
+    SHEDDING_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     kv_blocks_used: int
     kv_blocks_total: int
     num_steps: int
     step_s: float
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., num_steps: _Optional[int] = ..., step_s: _Optional[float] = ...) -> None: ...
+    slowness: float
+    shedding: bool
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., num_steps: _Optional[int] = ..., step_s: _Optional[float] = ..., slowness: _Optional[float] = ..., shedding: _Optional[bool] = ...) -> None: ...
 
 class GetGroupExpertsRequest(_message.Message):
     __slots__ = ()
