@@ -103,7 +103,7 @@ class DeltaStreams:
 
     def fail(self, failure: Exception) -> None:
         """The engine is lost: every open stream ends with ``failure``."""
-        streams = {stream for stream, _ in self._streams.values()}
+        streams = dict.fromkeys(stream for stream, _ in self._streams.values())
         self._streams.clear()
         self._none_open.set()
         for stream in streams:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from moestro.cluster.backend import unknown_rank
 from moestro.cluster.delta_streams import QueuedDeltas
 from moestro.cluster.directory import GroupEntry
-from moestro.cluster.ranks.link import RankLink
+from moestro.cluster.ranks.link import OpenChannel, RankLink, open_channel
 from moestro.protos.errors import Unavailable
 from moestro.protos.sequences import EngineLimits, EngineLoad, SequenceRequest
 
@@ -38,9 +38,10 @@ def places(groups: Iterable[GroupEntry]) -> dict[str, tuple[str, ...]]:
 class ClusterBackend:
     """Implements ``Backend`` over rank links. All methods on one asyncio loop."""
 
-    def __init__(self, gateway_id: str, secret: str) -> None:
+    def __init__(self, gateway_id: str, secret: str, open_channel: OpenChannel = open_channel) -> None:
         self._gateway_id = gateway_id
         self._secret = secret
+        self._open_channel = open_channel
         self._wanted: dict[str, int] = {}  # address -> epoch
         self._links: dict[str, RankLink] = {}
         self._places: dict[str, tuple[str, ...]] = {}  # name of a group or rank -> addresses
@@ -116,7 +117,9 @@ class ClusterBackend:
     async def _connect(self, address: str) -> None:
         try:
             while address in self._wanted:
-                link = RankLink(address, self._gateway_id, self._secret, self._wanted[address], self._on_lost)
+                link = RankLink(
+                    address, self._gateway_id, self._secret, self._wanted[address], self._on_lost, self._open_channel
+                )
                 try:
                     self._limits = await link.connect()
                 except Unavailable as error:

@@ -48,7 +48,7 @@ class _Outbox:
 
     message: pb.AttachResponse = field(default_factory=pb.AttachResponse)  # filled in place: nothing is copied
     ready: asyncio.Event = field(default_factory=asyncio.Event)
-    sequences: set[str] = field(default_factory=set)
+    sequences: dict[str, None] = field(default_factory=dict)
 
     def add(self) -> pb.Delta:
         return self.message.step.deltas.add()
@@ -79,7 +79,7 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
         self._epoch = epoch
         self._failure = ""
         self._owner: dict[str, _Outbox] = {}
-        self._outboxes: set[_Outbox] = set()
+        self._outboxes: dict[_Outbox, None] = {}  # in the order of their coming
         self._none_open = asyncio.Event()
         self._none_open.set()
 
@@ -115,7 +115,7 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
     def _forget(self, sequence_id: str) -> None:
         outbox = self._owner.pop(sequence_id, None)
         if outbox is not None:
-            outbox.sequences.discard(sequence_id)
+            outbox.sequences.pop(sequence_id, None)
         if not self._owner:
             self._none_open.set()
 
@@ -133,7 +133,7 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"epoch {first.hello.epoch} is over")
         outbox = _Outbox()
         outbox.ready.set()  # the load and the failure, if any, are news to this gateway
-        self._outboxes.add(outbox)
+        self._outboxes[outbox] = None
         reader = asyncio.create_task(self._read(request_iterator, outbox))
         try:
             yield pb.AttachResponse(welcome=pb.Welcome(epoch=self._epoch, limits=wire.encode_limits(self._limits)))
@@ -149,7 +149,7 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
                 yield message
         finally:
             reader.cancel()
-            self._outboxes.discard(outbox)
+            self._outboxes.pop(outbox, None)
             for sequence_id in tuple(outbox.sequences):
                 self._cancel(sequence_id)
 
@@ -195,7 +195,7 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
             if kind == "submit":
                 self._owner[request.submit.sequence_id] = outbox
                 self._none_open.clear()
-                outbox.sequences.add(request.submit.sequence_id)
+                outbox.sequences[request.submit.sequence_id] = None
                 self._submit(request.SerializeToString())
             elif kind == "cancel" and self._owner.get(request.cancel) is outbox:
                 self._cancel(request.cancel)
