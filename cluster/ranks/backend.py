@@ -78,14 +78,16 @@ class ClusterBackend:
         self._places = places(groups)
         wanted = {r.address: g.epoch for g in groups if g.is_serving for r in g.ranks if r.address}
         self._wanted = wanted
-        for address in self._links.keys() - wanted.keys():
+        for address in [each for each in self._links if each not in wanted]:
             link = self._links.pop(address)
             log.info("rank at %s left", address)
             self._leaving.add(task := asyncio.create_task(link.close_when_done()))
             task.add_done_callback(self._leaving.discard)
         if not self._links:
             self._attached.clear()
-        for address in wanted.keys() - self._links.keys() - self._connecting.keys():
+        for address in wanted:
+            if address in self._links or address in self._connecting:
+                continue
             self._connecting[address] = asyncio.create_task(self._connect(address))
 
     async def wait_attached(self) -> None:

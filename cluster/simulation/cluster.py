@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 from collections.abc import Mapping
 from typing import Any
 
 from moestro.cluster.serving.directory_service import DirectoryService
 from moestro.cluster.simulation.client import SimulatedClient
+from moestro.cluster.simulation.faults import FAULTS
 from moestro.cluster.simulation.gateway import SimulatedGateway
 from moestro.cluster.simulation.group import SimulatedGroup, SimulatedRank
 from moestro.cluster.simulation.handles import Handle, Host
 from moestro.cluster.simulation.network import Network
 from moestro.cluster.simulation.rpc import Sockets
-from moestro.cluster.simulation.scenario import Ask, Fault, FaultKind, Habit, Scenario, draw_scenario
+from moestro.cluster.simulation.scenario import Ask, Habit, Scenario
 from moestro.cluster.simulation.trace import Trace
-from moestro.cluster.simulation.virtual_time import Process, run_virtual
+from moestro.cluster.simulation.virtual_time import Process
 from moestro.cluster.simulation.worker import SimulatedWorker
 from moestro.protos.errors import Overloaded, SequenceFailed, Unavailable
 
@@ -34,9 +34,10 @@ class SimulatedCluster:
         self.network = Network(self.rng, trace)
         self.sockets = Sockets(self.network)
         self.failures: list[BaseException] = []
+        self._processes: list[Process] = []
         self._incarnations = 0
-        self._directory: Host | None = None
-        self.handle = Handle(self.network, lambda: self._directory)
+        self.directory: Host | None = None
+        self.handle = Handle(self.network, lambda: self.directory)
         self.gateways: dict[str, SimulatedGateway] = {}
         self.addresses = [f"gateway-{number}" for number in range(scenario.gateways)]
         self.groups = [
@@ -53,6 +54,7 @@ class SimulatedCluster:
 
     def process(self, name: str) -> Process:
         process = Process(name)
+        self._processes.append(process)
         process.at_death(lambda: self.trace(name, "dies"))
         process.at_death(lambda: self.sockets.lose(process))
         return process
@@ -64,22 +66,26 @@ class SimulatedCluster:
     def start_directory(self) -> None:
         self._incarnations += 1
         process = self.process(f"directory.{self._incarnations}")
-        self._directory = Host(process, DirectoryService())
+        self.directory = Host(process, DirectoryService())
 
     def start_gateway(self, address: str) -> None:
         self._incarnations += 1
         process = self.process(f"{address}.{self._incarnations}")
 
         async def run() -> None:
-            self.gateways[address] = gateway = SimulatedGateway(
-                process, address, self.sockets, self.handle, self.trace
-            )
+            self.gateways[address] = gateway = SimulatedGateway(process, address, self.sockets, self.handle, self.trace)
             await gateway.run()
 
         process.spawn(run())
 
     async def run(self) -> None:
         """The whole scenario. Raises AssertionError where an invariant does not hold."""
+        try:
+            await self._run()
+        finally:
+            await self._end()
+
+    async def _run(self) -> None:
         asyncio.get_running_loop().set_exception_handler(self._unhandled)
         self.start_directory()
         for group in self.groups:
@@ -102,6 +108,12 @@ class SimulatedCluster:
         await self._settle()
         if self.failures:
             raise self.failures[0]
+
+    async def _end(self) -> None:
+        """Kills all that still lives, so that nothing outlives the loop."""
+        for process in self._processes:
+            process.kill()
+        await asyncio.sleep(1.0)
 
     async def _do_faults(self) -> None:
         loop = asyncio.get_running_loop()
@@ -158,112 +170,6 @@ class SimulatedCluster:
 
 def is_allowed(error: BaseException, ask: Ask) -> bool:
     """Whether a request may end so."""
-    if ask.is_not_a_number:
-        return isinstance(error, SequenceFailed)
+    if ask.is_not_a_number and isinstance(error, SequenceFailed):
+        return True
     return isinstance(error, Unavailable | Overloaded)
-
-
-def _kill_rank(cluster: SimulatedCluster, fault: Fault) -> None:
-    if ranks := cluster.ranks:
-        ranks[fault.target % len(ranks)].process.kill()
-
-
-def _stop_rank(cluster: SimulatedCluster, fault: Fault) -> None:
-    if ranks := cluster.ranks:
-        rank = ranks[fault.target % len(ranks)]
-        cluster.network.stop(rank.process)
-        rank.worker.hold()
-
-        def go_on() -> None:
-            cluster.network.resume(rank.process)
-            rank.worker.go_on()
-
-        asyncio.get_running_loop().call_later(fault.for_s, go_on)
-
-
-def _slow_rank(cluster: SimulatedCluster, fault: Fault) -> None:
-    if ranks := cluster.ranks:
-        worker = ranks[fault.target % len(ranks)].worker
-        worker.slowness = 5.0
-        asyncio.get_running_loop().call_later(fault.for_s, setattr, worker, "slowness", 1.0)
-
-
-def _part_rank(cluster: SimulatedCluster, fault: Fault) -> None:
-    if ranks := cluster.ranks:
-        one = ranks[fault.target % len(ranks)].process
-        other = cluster.gateways[cluster.addresses[fault.other % len(cluster.addresses)]].process
-        cluster.network.part(one, other)
-        asyncio.get_running_loop().call_later(fault.for_s, cluster.network.heal, one, other)
-
-
-def _cut_link(cluster: SimulatedCluster, fault: Fault) -> None:
-    gateway = cluster.gateways[cluster.addresses[fault.other % len(cluster.addresses)]].process
-    connections = [
-        connection
-        for server in cluster.sockets.servers.values()
-        for connection in server.connections
-        if connection.client is gateway
-    ]
-    if connections:
-        connections[fault.target % len(connections)].cut()
-
-
-def _kill_directory(cluster: SimulatedCluster, fault: Fault) -> None:
-    assert cluster._directory is not None
-    if cluster._directory.process.is_alive:
-        cluster._directory.process.kill()
-        asyncio.get_running_loop().call_later(fault.for_s, cluster.start_directory)
-
-
-def _kill_gateway(cluster: SimulatedCluster, fault: Fault) -> None:
-    address = cluster.addresses[fault.target % len(cluster.addresses)]
-    if cluster.gateways[address].process.is_alive:
-        cluster.gateways[address].process.kill()
-        asyncio.get_running_loop().call_later(fault.for_s, cluster.start_gateway, address)
-
-
-def _kill_group(cluster: SimulatedCluster, fault: Fault) -> None:
-    group = cluster.groups[fault.target % len(cluster.groups)]
-    if group.process.is_alive:
-        group.process.kill()
-        asyncio.get_running_loop().call_later(fault.for_s, group.start)
-
-
-def _cut_clients(cluster: SimulatedCluster, fault: Fault) -> None:
-    server = cluster.sockets.servers.get(cluster.addresses[fault.target % len(cluster.addresses)])
-    for connection in tuple(server.connections) if server else ():
-        connection.cut()
-
-
-FAULTS = {
-    FaultKind.KILL_RANK: _kill_rank,
-    FaultKind.STOP_RANK: _stop_rank,
-    FaultKind.SLOW_RANK: _slow_rank,
-    FaultKind.PART_RANK: _part_rank,
-    FaultKind.CUT_LINK: _cut_link,
-    FaultKind.KILL_DIRECTORY: _kill_directory,
-    FaultKind.KILL_GATEWAY: _kill_gateway,
-    FaultKind.KILL_GROUP: _kill_group,
-    FaultKind.CUT_CLIENTS: _cut_clients,
-}
-
-
-def simulate(seed: int) -> Trace:
-    """Runs one seed. Raises AssertionError where an invariant does not hold; the trace is then on the exception."""
-    logging.getLogger("moestro").addHandler(logging.NullHandler())
-    logging.getLogger("moestro").propagate = False
-    trace = Trace()
-
-    async def run() -> None:
-        try:
-            await SimulatedCluster(draw_scenario(seed), trace).run()
-        except BaseException:
-            trace("simulation", "fails")
-            raise
-
-    try:
-        run_virtual(run())
-    except BaseException as error:
-        error.trace = trace  # type: ignore[attr-defined]
-        raise
-    return trace

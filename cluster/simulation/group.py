@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from typing import Any
 
 from moestro.cluster.directory import GroupEntry, RankState
 from moestro.cluster.ranks.server import RankServer
@@ -32,9 +33,7 @@ class SimulatedRank:
         config: SchedulerConfig, rng: random.Random, observe: Observe,
     ) -> None:  # fmt: skip
         self.process, self.address = process, address
-        self.worker = SimulatedWorker(
-            process, worker, fabric, config, WorkerCosts(), rng, self._publish, observe
-        )
+        self.worker = SimulatedWorker(process, worker, fabric, config, WorkerCosts(), rng, self._publish, observe)
         self.server = RankServer(
             self.worker.submit,
             self.worker.limits,
@@ -124,10 +123,10 @@ class SimulatedGroup:
         self.process.kill()
         self.start()
 
-    async def _retry(self, call: Callable[[], object]) -> object:
+    async def _retry(self, call: Callable[[], Awaitable[Any]]) -> Any:
         while True:
             try:
-                return await call()  # type: ignore[misc]
+                return await call()
             except ConnectionError:
                 await asyncio.sleep(REPORT_S)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,10 +66,19 @@ class Method:
                 failure = error
                 back.send(lambda: _fail(answer, failure))
             else:
-                back.send(lambda: answer.done() or answer.set_result(result))
+                back.send(lambda: _settle(answer, result))
 
-        there.send(lambda: process.spawn(work(), self.name) and None)
+        there.send(lambda: _spawn(process, work))
         return answer
+
+
+def _spawn(process: Process, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    process.spawn(work())
+
+
+def _settle(answer: asyncio.Future[Any], result: Any) -> None:
+    if not answer.done():
+        answer.set_result(result)
 
 
 def _later(answer: asyncio.Future[Any], error: Exception) -> None:

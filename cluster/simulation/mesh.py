@@ -116,8 +116,7 @@ class Mesh:
             self._break(reason)
             for worker in self.members if self._view is not None else ():
                 if worker != self._worker:
-                    text = f"worker {self._worker} left"
-                    self._send(worker, lambda port, text=text: port.lose(self._worker, text))
+                    self._send(worker, lambda port: port.lose(self._worker, f"worker {self._worker} left"))
 
     def hear(self, workers: tuple[int, ...], number: int, worker: int, value: Any) -> None:
         self._said[workers, number][worker] = value

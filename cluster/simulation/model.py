@@ -52,7 +52,8 @@ class NamedCache:
     def launch(self, plan: StepPlan, num_tokens_N: tuple[int, ...]) -> Computed:
         sampled: dict[str, SampledToken] = {}
         prompts: dict[str, tuple[TokenLogprobs, ...]] = {}
-        for span in plan.spans:
+        # A span may begin behind what another one writes in this very step; positions ascend along such chains.
+        for span in sorted(plan.spans, key=lambda span: span.start):
             sequence, start, length, samples = span
             names = self._compute(span)
             if NOT_A_NUMBER in sequence.token_ids[start : start + length]:
@@ -62,8 +63,7 @@ class NamedCache:
             if sequence.wants_prompt_logprobs and params.prompt_logprobs is not None:
                 following = sequence.token_ids[start + 1 : min(start + length + 1, sequence.num_prompt)]
                 prompts[sequence.sequence_id] = tuple(
-                    logprobs(name, token, params.prompt_logprobs)
-                    for name, token in zip(names, following, strict=False)
+                    logprobs(name, token, params.prompt_logprobs) for name, token in zip(names, following, strict=False)
                 )
             if samples:
                 token = draw(names[-1], params, start + length)
@@ -82,7 +82,9 @@ class NamedCache:
     def _compute(self, span: Span) -> Sequence[int]:
         """Writes the span's names into every group's slots; what came before is read from the cache."""
         sequence, start, length, _ = span
-        before = {self._slots[g].get(self._slot(span, g, start - 1)) for g in range(len(self._slots))} if start else {ROOT}
+        before = (
+            {self._slots[g].get(self._slot(span, g, start - 1)) for g in range(len(self._slots))} if start else {ROOT}
+        )
         name = before.pop() if len(before) == 1 else None
         names = []
         for position in range(start, start + length):

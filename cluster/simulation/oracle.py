@@ -56,7 +56,9 @@ def right_answer(
     prompt_ids: Sequence[int], sampling: SamplingParams, stop_strings: Sequence[str], context_limit: int
 ) -> Answer:
     """From the definitions of the parameters, without a scheduler, a journal or a cluster."""
-    name, output, text, told = ROOT, [], "", []
+    name, text = ROOT, ""
+    output: list[int] = []
+    told: list[TokenLogprobs] = []
     for token in prompt_ids:
         name = read(name, token)
     while True:

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from typing import Any
 
 import grpc
@@ -217,10 +218,11 @@ class ClientCall:
             connection.up.send(lambda: context.requests.put_nowait(data))
             connection.up.send(lambda: context.requests.put_nowait(None))
 
-    async def _send_requests(self, requests: AsyncIterator[Any], connection: Connection, context: ServerContext) -> None:
+    async def _send_requests(
+        self, requests: AsyncIterator[Any], connection: Connection, context: ServerContext
+    ) -> None:
         async for request in requests:
-            data = self._serialize(request)
-            connection.up.send(lambda data=data: context.requests.put_nowait(data))
+            connection.up.send(partial(context.requests.put_nowait, self._serialize(request)))
         connection.up.send(lambda: context.requests.put_nowait(None))
 
     def _accept(self, connection: Connection, method: str) -> None:
@@ -302,9 +304,7 @@ class ClientCall:
 class ServerContext:
     """Implements what is used of ``grpc.aio.ServicerContext``."""
 
-    def __init__(
-        self, call: ClientCall, connection: Connection, metadata: Metadata, timeout_s: float | None
-    ) -> None:
+    def __init__(self, call: ClientCall, connection: Connection, metadata: Metadata, timeout_s: float | None) -> None:
         self.call, self.connection = call, connection
         self.requests: asyncio.Queue[bytes | None] = asyncio.Queue()
         self.serialize: Callable[[Any], bytes] = bytes

@@ -95,9 +95,9 @@ def draw_scenario(seed: int) -> Scenario:
     special = rng.random()
     asks = [_ask(rng, number, scheduler, span_s) for number in range(rng.randint(3, 12))]
     if special < 0.15:
-        asks[0] = _tainted(asks[0], POISON)
+        asks[0] = _tainted(asks[0], POISON, scheduler)
     elif special < 0.3:
-        asks[0] = _tainted(asks[0], NOT_A_NUMBER)
+        asks[0] = _tainted(asks[0], NOT_A_NUMBER, scheduler)
     faults = [_fault(rng, span_s) for _ in range(rng.choice((0, 1, 1, 2, 3, 5)))]
     return Scenario(
         seed=seed,
@@ -184,12 +184,13 @@ def _answered(ask: Ask, scheduler: SchedulerConfig) -> Ask:
     return replace(ask, answers=answers)
 
 
-def _tainted(ask: Ask, token: int) -> Ask:
+def _tainted(ask: Ask, token: int, scheduler: SchedulerConfig) -> Ask:
     """A request that does harm; long enough to come to it, and read to its end."""
     sampling = replace(ask.sampling, max_tokens=20, ignore_eos=True, stop_token_ids=(), prompt_logprobs=None)
-    return replace(
+    tainted = replace(
         ask, prompt_ids=(*ask.prompt_ids, token), sampling=sampling, stop_strings=(), n=1, habit=Habit.READS
     )
+    return _answered(tainted, scheduler)
 
 
 def _fault(rng: random.Random, span_s: float) -> Fault:

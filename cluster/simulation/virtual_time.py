@@ -68,6 +68,8 @@ class Process:
 
     def kill(self) -> None:
         """As SIGKILL does: nothing of it has any effect from here on. Its tasks still unwind, but nobody hears them."""
+        if not self.is_alive:
+            return
         self.is_alive = False
         for tell in tuple(self._at_death):
             tell()
@@ -78,9 +80,7 @@ class Process:
 CURRENT: contextvars.ContextVar[Process | None] = contextvars.ContextVar("process", default=None)
 
 
-def _owned_task(
-    loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T], **options: Any
-) -> asyncio.Task[T]:
+def _owned_task(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T], **options: Any) -> asyncio.Task[T]:
     task = asyncio.Task(work, loop=loop, **options)
     context = options.get("context")
     process = CURRENT.get() if context is None else context.get(CURRENT)

@@ -183,7 +183,7 @@ class SimulatedWorker:
 
     def _tell(self, phase: WorkerPhase, epoch: int = 0, reason: str = "") -> None:
         self.state = WorkerState(phase, epoch or self.state.epoch, reason, self._turns)
-        self._observe(self, "state", {"phase": phase, "epoch": self.state.epoch, "reason": reason})
+        self._observe(self, "state", {"phase": phase.value, "epoch": self.state.epoch, "reason": reason})
         self.on_state(self.state)
 
     async def _pause(self, seconds: float) -> None:
