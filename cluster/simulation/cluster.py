@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
-from moestro.cluster.serving.directory_service import DirectoryService
+from moestro.cluster.directory_calls import DirectoryCalls, DirectoryServer
 from moestro.cluster.simulation.client import SimulatedClient
 from moestro.cluster.simulation.faults import FAULTS
 from moestro.cluster.simulation.gateway import SimulatedGateway
@@ -37,7 +37,7 @@ class SimulatedCluster:
         self._processes: list[Process] = []
         self._incarnations = 0
         self.directory: Host | None = None
-        self.handle = Handle(self.network, lambda: self.directory)
+        self.handle = cast(DirectoryCalls, Handle(self.network, lambda: self.directory))
         self.gateways: dict[str, SimulatedGateway] = {}
         self.addresses = [f"gateway-{number}" for number in range(scenario.gateways)]
         self.groups = [
@@ -66,7 +66,9 @@ class SimulatedCluster:
     def start_directory(self) -> None:
         self._incarnations += 1
         process = self.process(f"directory.{self._incarnations}")
-        self.directory = Host(process, DirectoryService())
+        groups = frozenset(group.name for group in self.groups if group.name)
+        knows = self.rng.random() < 0.5  # whether Ray says which groups run
+        self.directory = Host(process, DirectoryServer(groups if knows or not groups else None))
 
     def start_gateway(self, address: str) -> None:
         self._incarnations += 1

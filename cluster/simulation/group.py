@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 from moestro.cluster.directory import GroupEntry, RankState
+from moestro.cluster.directory_calls import DirectoryCalls
 from moestro.cluster.ranks.server import RankServer
 from moestro.cluster.simulation.gateway import SECRET
-from moestro.cluster.simulation.handles import Handle
 from moestro.cluster.simulation.mesh import Fabric
 from moestro.cluster.simulation.rpc import SimulatedServer, Sockets
 from moestro.cluster.simulation.trace import Trace
@@ -67,7 +67,7 @@ class SimulatedGroup:
     """Starts its ranks, forms their view, reports them; when one dies it gives all up and begins anew."""
 
     def __init__(
-        self, number: int, dp: int, make_process: Callable[[str], Process], sockets: Sockets, directory: Handle,
+        self, number: int, dp: int, make_process: Callable[[str], Process], sockets: Sockets, directory: DirectoryCalls,
         config: SchedulerConfig, rng: random.Random, trace: Trace, observe: Observe,
     ) -> None:  # fmt: skip
         self.ranks: list[SimulatedRank] = []
@@ -85,7 +85,7 @@ class SimulatedGroup:
         self.process.spawn(self._run())
 
     async def _run(self) -> None:
-        entry: GroupEntry = await self._retry(lambda: self._directory.begin.remote(self._dp, 1))
+        entry: GroupEntry = await self._retry(lambda: self._directory.begin(self._dp, 1))
         fabric = Fabric(self._sockets.network)
         died = asyncio.Event()
         self.ranks = []
@@ -112,14 +112,14 @@ class SimulatedGroup:
                     for r, rank in zip(entry.ranks, self.ranks, strict=True)
                 ),
             )
-            await self._retry(lambda: self._directory.put.remote(entry))
+            await self._retry(lambda: self._directory.put(entry))
             try:
                 async with asyncio.timeout(REPORT_S):
                     await died.wait()
             except TimeoutError:
                 continue
         lost = replace(entry, ranks=tuple(replace(r, state=RankState.LOST) for r in entry.ranks))
-        await self._retry(lambda: self._directory.put.remote(lost))
+        await self._retry(lambda: self._directory.put(lost))
         self.process.kill()
         self.start()
 

@@ -26,7 +26,7 @@ class Host:
 
 
 class Handle:
-    """``await handle.method.remote(...)``, as of an actor. ``find`` says who answers just now."""
+    """``await handle.method(...)``. ``find`` says who answers just now."""
 
     def __init__(self, network: Network, find: Callable[[], Host | None]) -> None:
         self._network, self._find = network, find
@@ -45,7 +45,7 @@ class Method:
     find: Callable[[], Host | None]
     name: str
 
-    def remote(self, *args: Any, **options: Any) -> Awaitable[Any]:
+    def __call__(self, *args: Any, **options: Any) -> Awaitable[Any]:
         """The answer, later. Raises what the method raises, or ProcessDied."""
         caller = CURRENT.get()
         assert caller is not None, "a call from outside any process"
