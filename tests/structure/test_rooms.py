@@ -37,6 +37,9 @@ PURE = (
     "cluster/directory.py",
     "cluster/edge/journal.py",
     "router/placement.py",
+    "router/rehome.py",
+    "router/view.py",
+    "workers/memory_plan.py",
 )
 IMPURE = {"time", "asyncio", "threading", "socket", "torch", "grpc", "ray", "random"}
 
