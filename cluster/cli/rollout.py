@@ -63,7 +63,8 @@ def _tell(console: Console) -> Callable[[tuple[GroupEntry, ...]], None]:
 
 def _size(config: Config) -> str:
     cluster = config.cluster
-    return f"{_number(cluster.groups, 'group')} of dp {cluster.dp} x tp {cluster.tp}, {_number(cluster.gateways, 'gateway')}"
+    groups, gateways = _number(cluster.groups, "group"), _number(cluster.gateways, "gateway")
+    return f"{groups} of dp {cluster.dp} x tp {cluster.tp}, {gateways}"
 
 
 def _number(count: int, noun: str) -> str:
