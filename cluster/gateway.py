@@ -14,7 +14,7 @@ from moestro.cluster.config import Config
 from moestro.cluster.directory import GroupEntry
 from moestro.cluster.edge.core import RequestCore
 from moestro.cluster.edge.grpc_server import GrpcOptions, GrpcServer
-from moestro.cluster.edge.served import EdgeLimits, ServedModel
+from moestro.cluster.edge.served import EdgeLimits, RecoveryLimits, ServedModel
 from moestro.cluster.metrics.series import Observed
 from moestro.cluster.metrics.server import MetricsServer
 from moestro.cluster.operations import ClusterOperations
@@ -111,6 +111,9 @@ def served_model(config: Config, backend: Backend) -> ServedModel:
 
 
 def edge_limits(config: Config) -> EdgeLimits:
+    recovery = config.recovery
     return EdgeLimits(
-        max_open_requests=config.server.max_open_requests, max_message_bytes=config.server.max_message_bytes
+        max_open_requests=config.server.max_open_requests,
+        max_message_bytes=config.server.max_message_bytes,
+        recovery=RecoveryLimits(recovery.migrations, recovery.patience_s, recovery.resume_s, recovery.max_parked),
     )
