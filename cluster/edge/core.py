@@ -12,14 +12,18 @@ import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from math import inf
 from types import TracebackType
 from typing import ParamSpec, TypeVar
 
 from moestro.cluster.backend import DeltaStream
+from moestro.cluster.edge.admission import Admission
 from moestro.cluster.edge.events import Completion, StreamEvent, gather
 from moestro.cluster.edge.journal import Admitted, Journal
+from moestro.cluster.edge.permits import Permit, Permits
 from moestro.cluster.edge.served import EdgeLimits, ServedModel, TextModel
+from moestro.cluster.edge.tickets import Ask, Refusal
 from moestro.cluster.edge.validation import ValidRequest, fit, validate_chat, validate_generate, validate_token_ids
 from moestro.protos.errors import FieldViolation, InvalidRequest, Overloaded, UnknownModel
 from moestro.protos.gen import inference_pb2 as pb
@@ -29,11 +33,22 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks. ``name`` is what admission is fair to; ``remaining_s``: until the caller gives up, by its own clock."""
+
+    name: str = ""
+    remaining_s: float | None = None
+
+
 class RequestStream:
     """One open request. An async iterator of its events, and a context manager that closes it."""
 
-    def __init__(self, core: RequestCore, journal: Journal, deltas: DeltaStream, deadline_s: float | None) -> None:
+    def __init__(
+        self, core: RequestCore, journal: Journal, deltas: DeltaStream, deadline_s: float | None, permit: Permit
+    ) -> None:
         self.journal = journal
+        self._permit = permit
         self._core = core
         self._deltas = deltas
         self._deadline_s = deadline_s
@@ -70,6 +85,9 @@ class RequestStream:
             self._closed = True
             self._core.forget(self)
             self._deltas.close()
+            self._permit.give_back(
+                first_s=self.journal.first_token_s, written=self.journal.num_written, finished=self.journal.finished
+            )
 
     def __aiter__(self) -> RequestStream:
         return self
@@ -99,6 +117,14 @@ class RequestCore:
         self.models = {model.name: model for model in models}
         self._open: dict[str, RequestStream | None] = {}  # by request id; None while it is being admitted
         self._num_text_calls = 0
+        self.permits = {
+            model.name: Permits(Admission(self.limits.admission), model.backend.capacity) for model in models
+        }
+
+    @property
+    def num_queued(self) -> int:
+        """Requests taken in and not yet started."""
+        return sum(permits.num_queued for permits in self.permits.values())
 
     @property
     def num_open(self) -> int:
@@ -113,9 +139,14 @@ class RequestCore:
             raise UnknownModel(name[:128], tuple(self.models))
         return self.models[name]
 
-    async def open(self, request: pb.GenerateRequest | pb.ChatRequest, timeout_s: float | None = None) -> RequestStream:
-        """Admits a request. Raises InvalidRequest, UnknownModel, Overloaded, Unavailable or TimeoutError, with nothing
-        started then."""
+    async def open(
+        self,
+        request: pb.GenerateRequest | pb.ChatRequest,
+        timeout_s: float | None = None,
+        caller: Caller = Caller(),
+    ) -> RequestStream:
+        """Admits a request, waiting for its turn. Raises InvalidRequest, UnknownModel, Overloaded, Unavailable or
+        TimeoutError, with nothing started then."""
         deadline_s = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
         if timeout_s is not None and timeout_s <= 0:
             raise TimeoutError("the deadline has passed")
@@ -126,12 +157,21 @@ class RequestCore:
         else:
             valid = validate_generate(request, *bounds)
         started_s = time.monotonic()
-        with self._admit(valid) as request_id:
+        remaining_s = min(inf if each is None else each for each in (timeout_s, caller.remaining_s))
+        permits = self.permits[model.name]
+        with self._admit(valid, permits) as request_id:
+            permits.check(caller.name, started_s + remaining_s)
             async with asyncio.timeout_at(deadline_s):
                 prompt_ids = await self._prompt_ids(model, valid)
-            admitted = _settle(valid, request_id, model, prompt_ids)
-            journal = Journal(admitted, model.text, model.open_text, started_s)
-            stream = RequestStream(self, journal, model.backend.start(journal.sequences()), deadline_s)
+                admitted = _settle(valid, request_id, model, prompt_ids)
+                journal = Journal(admitted, model.text, model.open_text, started_s)
+                permit = await permits.take(_ask(journal, caller.name, started_s + remaining_s))
+            journal.queued_s = permit.queued_s
+            try:
+                stream = RequestStream(self, journal, model.backend.start(journal.sequences()), deadline_s, permit)
+            except BaseException:
+                permit.give_back()
+                raise
             self._open[request_id] = stream
         return stream
 
@@ -144,12 +184,15 @@ class RequestCore:
                 yield event
 
     async def complete(
-        self, request: pb.GenerateRequest | pb.ChatRequest, timeout_s: float | None = None
+        self,
+        request: pb.GenerateRequest | pb.ChatRequest,
+        timeout_s: float | None = None,
+        caller: Caller = Caller(),
     ) -> Completion:
         """Admits and gathers the whole answer. Raises as ``open`` does."""
         if request.diagnostics.trace:
             raise InvalidRequest([FieldViolation("diagnostics.trace", "must be false: only a stream reports digests")])
-        with await self.open(request, timeout_s) as stream:
+        with await self.open(request, timeout_s, caller) as stream:
             return gather([event async for event in stream])
 
     async def tokenize(self, request: pb.TokenizeRequest) -> list[int]:
@@ -178,10 +221,10 @@ class RequestCore:
                 stream.close()
 
     @contextlib.contextmanager
-    def _admit(self, valid: ValidRequest) -> Iterator[str]:
+    def _admit(self, valid: ValidRequest, permits: Permits) -> Iterator[str]:
         """Takes a place, given back when admission fails on the way."""
         if len(self._open) >= self.limits.max_open_requests:
-            raise Overloaded(f"{len(self._open)} requests are open, the most this gateway takes")
+            raise permits.refuse(Refusal.OPEN, f"{len(self._open)} requests are open, the most this gateway takes")
         request_id = valid.request_id or new_request_id()
         if request_id in self._open:
             raise InvalidRequest([FieldViolation("request_id", "is that of an open request")])
@@ -228,6 +271,20 @@ def _encode_chat(text: TextModel, messages: list[dict[str, str]]) -> list[int]:
 def new_request_id() -> str:
     """An id for a request whose caller gave none."""
     return f"req-{secrets.token_hex(8)}"
+
+
+def _ask(journal: Journal, client: str, deadline_s: float) -> Ask:
+    """What a request costs from here: of one that is gone on with, what was written before belongs to the prompt."""
+    sequences = journal.sequences()
+    written = max(len(sequence.output_ids) for sequence in sequences)
+    return Ask(
+        client=client,
+        prompt_tokens=len(journal.admitted.prompt_ids) + written,
+        max_tokens=max(1, max(sequence.sampling.max_tokens for sequence in sequences) - written),
+        choices=len(sequences),
+        priority=journal.admitted.priority,
+        deadline_s=deadline_s,
+    )
 
 
 def _settle(valid: ValidRequest, request_id: str, model: ServedModel, prompt_ids: tuple[int, ...]) -> Admitted:

@@ -74,6 +74,17 @@ class Journal:
         self._num_open = len(self.choices)
         self._next_number = 0
         self._started_s = now_s
+        self.queued_s = 0.0  # how long the edge had it wait before it was started
+
+    @property
+    def num_written(self) -> int:
+        """Tokens accepted, over all choices."""
+        return sum(len(choice.output_ids) for choice in self.choices)
+
+    @property
+    def first_token_s(self) -> float | None:
+        """When the first token of any choice was accepted."""
+        return min((c.first_token_s for c in self.choices if c.first_token_s is not None), default=None)
 
     @property
     def finished(self) -> bool:
@@ -167,9 +178,9 @@ class Journal:
         ledgers = [c.ledger or self._seen_from_here(c) for c in self.choices]
         return Usage(
             prompt_tokens=len(self.admitted.prompt_ids),
-            output_tokens=sum(len(c.output_ids) for c in self.choices),
+            output_tokens=self.num_written,
             cached_tokens=ledgers[0].num_cached_tokens,
-            queued_s=max(ledger.queued_s for ledger in ledgers),
+            queued_s=self.queued_s + max(ledger.queued_s for ledger in ledgers),
             prefill_s=max(ledger.prefill_s for ledger in ledgers),
             decode_s=max(ledger.decode_s for ledger in ledgers),
             preemptions=sum(ledger.num_preemptions for ledger in ledgers),
@@ -179,7 +190,8 @@ class Journal:
         """A choice ended by a stop string has no ledger, since its engine saw a cancel: the edge's own times, which
         cannot tell queue from prefill."""
         first_s = choice.last_token_s if choice.first_token_s is None else choice.first_token_s
-        return SequenceLedger(prefill_s=first_s - self._started_s, decode_s=choice.last_token_s - first_s)
+        started_s = self._started_s + self.queued_s
+        return SequenceLedger(prefill_s=first_s - started_s, decode_s=choice.last_token_s - first_s)
 
     def _position(self, logprobs: TokenLogprobs | None) -> PositionLogprobs:
         if logprobs is None:

@@ -36,6 +36,10 @@ PURE = (
     "workers/kv_blocks.py",
     "cluster/directory.py",
     "cluster/edge/journal.py",
+    "cluster/edge/admission.py",
+    "cluster/edge/estimates.py",
+    "cluster/edge/fair_queue.py",
+    "cluster/edge/tickets.py",
     "router/placement.py",
 )
 IMPURE = {"time", "asyncio", "threading", "socket", "torch", "grpc", "ray", "random"}
