@@ -8,11 +8,12 @@ from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moestro.cluster.backend import unknown_rank
+from moestro.cluster.backend import Capacity, unknown_rank
 from moestro.cluster.delta_streams import QueuedDeltas
 from moestro.cluster.directory import GroupEntry, RankState
+from moestro.cluster.ranks.capacity import joint
 from moestro.cluster.ranks.link import OpenChannel, RankLink, open_channel
-from moestro.protos.errors import Unavailable
+from moestro.protos.errors import Overloaded, Unavailable
 from moestro.protos.sequences import EngineLimits, EngineLoad, SequenceRequest
 
 log = logging.getLogger(__name__)
@@ -63,11 +64,14 @@ def standings(groups: Iterable[GroupEntry]) -> dict[str, Standing]:
 
 
 class ClusterBackend:
-    """Implements ``Backend`` over rank links. All methods on one asyncio loop."""
+    """Implements ``Backend`` over rank links, for one of so many gateways. All methods on one asyncio loop."""
 
-    def __init__(self, gateway_id: str, secret: str, open_channel: OpenChannel = open_channel) -> None:
+    def __init__(
+        self, gateway_id: str, secret: str, open_channel: OpenChannel = open_channel, *, gateways: int = 1
+    ) -> None:
         self._gateway_id = gateway_id
         self._secret = secret
+        self._gateways = gateways
         self._open_channel = open_channel
         self._wanted: dict[str, Standing] = {}  # by address
         self._links: dict[str, RankLink] = {}  # of ranks that may take requests
@@ -85,8 +89,15 @@ class ClusterBackend:
             raise Unavailable("no rank is serving yet")
         return self._limits
 
+    def capacity(self) -> Capacity:
+        """Of the attached ranks together. Raises Unavailable when there is none."""
+        return joint(link.capacity(self._gateways) for link in self._links_of(""))
+
     def start(self, sequences: Sequence[SequenceRequest]) -> QueuedDeltas:
         links = self._links_of(sequences[0].diagnostics.rank)
+        links = [link for link in links if not link.load.is_shedding]
+        if not links:
+            raise Overloaded("memory runs short: nothing new is taken")
         self._turn += 1
         index = least_loaded([x.num_open for x in links], [x.load.num_waiting for x in links], self._turn % len(links))
         return links[index].start(sequences)
