@@ -22,8 +22,9 @@ from moestro.protos.gen import rank_pb2_grpc
 if TYPE_CHECKING:  # they bring torch: the group, which names this class, is quicker without
     from moestro.router.mesh import StoreAddress
     from moestro.workers.loading import Progress
-    from moestro.workers.rank_loop import RankLoop, StepOutput
+    from moestro.workers.rank_loop import StepOutput
     from moestro.workers.rank_setup import RankSpec
+    from moestro.workers.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class Rank:
         self._name = name
         self._entry = entry
         self._failure: str | None = None
-        self._loop: RankLoop | None = None
+        self._loop: Worker | None = None
         self._rank_server: RankServer | None = None
         self._server: grpc.aio.Server | None = None
         self._thread: threading.Thread | None = None
@@ -63,7 +64,7 @@ class Rank:
     async def start(self, spec: RankSpec, place: RankPlace) -> RankEntry:
         """Joins the group, loads the model, opens the server. Collective: every rank of the group starts at once."""
         from moestro.workers.device import freeze_heap
-        from moestro.workers.rank_setup import GroupPlace, build_rank
+        from moestro.workers.full_group import GroupPlace, build_rank
 
         host = "127.0.0.1" if place.on_loopback else ray.util.get_node_ip_address()
         group_place = GroupPlace(place.rank, place.epoch, place.store, host)
