@@ -1,4 +1,4 @@
-"""Groups of real processes that lose members and get new ones: nobody's stream is lost who is well, and no bit changes."""
+"""Groups of real processes that lose members and get new ones: who is well loses no stream, and no bit changes."""
 
 from __future__ import annotations
 
@@ -122,9 +122,10 @@ def test_a_group_shrinks_and_grows_in_place(group: WorkerGroup) -> None:
     formed_at = group.form(group.without(2))
     serving_at = group.await_serving()
     load.end(names)
+    silence_s = stall_s(group, [name for name in names if load.seat(name) < 2], killed_at)
     print(
-        f"\nkilled: noticed after {noticed_at - killed_at:.3f} s, serving {serving_at - formed_at:.3f} s after the word; "
-        f"longest silence {stall_s(group, [name for name in names if load.seat(name) < 2], killed_at):.3f} s"
+        f"\nkilled: noticed after {noticed_at - killed_at:.3f} s, serving {serving_at - formed_at:.3f} s after the word, "
+        f"longest silence {silence_s:.3f} s"
     )
     group.check()
 
