@@ -124,8 +124,8 @@ def test_a_group_shrinks_and_grows_in_place(group: WorkerGroup) -> None:
     load.end(names)
     silence_s = stall_s(group, [name for name in names if load.seat(name) < 2], killed_at)
     print(
-        f"\nkilled: noticed after {noticed_at - killed_at:.3f} s, serving {serving_at - formed_at:.3f} s after the word, "
-        f"longest silence {silence_s:.3f} s"
+        f"\nkilled: noticed after {noticed_at - killed_at:.3f} s, serving {serving_at - formed_at:.3f} s after the "
+        f"word, longest silence {silence_s:.3f} s"
     )
     group.check()
 

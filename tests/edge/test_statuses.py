@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moestro.cluster.edge.parsing import parse
@@ -64,6 +64,12 @@ def test_details_that_cannot_be_read(details: bytes | None) -> None:
     assert isinstance(error_of(grpc.StatusCode.UNAVAILABLE, "no connection", details), Unavailable)
 
 
+def test_a_call_that_the_server_cancelled_may_be_made_again() -> None:
+    error = error_of(grpc.StatusCode.CANCELLED, "CANCELLED", None)
+    assert isinstance(error, Unavailable)
+    assert error.retry_after_s > 0
+
+
 def test_the_largest_status_fits_into_trailers() -> None:
     violations = [FieldViolation(f"sampling.logit_bias[{2**32 - i}]", "x" * 500) for i in range(500)]
     status = status_of(InvalidRequest(violations), "r" * 128)
@@ -74,6 +80,7 @@ def test_the_largest_status_fits_into_trailers() -> None:
     assert len(back.violations) == MAX_VIOLATIONS
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_message_or_an_invalid_request(data: bytes) -> None:
     try:
@@ -82,6 +89,7 @@ def test_any_bytes_are_a_message_or_an_invalid_request(data: bytes) -> None:
         assert len(error.violations) == 1  # noqa: PT017 - it may also be a message
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_a_damaged_message_is_a_message_or_an_invalid_request(data: st.DataObject) -> None:
     whole = pb.GenerateRequest(
