@@ -49,7 +49,7 @@ def test_a_slow_rank_is_named_in_time_and_forgiven(num_ranks: int, slow: float) 
     group.slow_R[1] = slow
     named = group.observe(2 * JUDGEMENTS)
     assert 2 * JUDGEMENTS * EVERY_S < 30
-    assert named[1] == pytest.approx(slow, rel=0.3)
+    assert named[1] == pytest.approx(slow, rel=0.4)
     assert [x for rank, x in enumerate(named) if rank != 1] == [1.0] * (num_ranks - 1)
     group.slow_R[1] = 1.0
     assert group.observe(6 * JUDGEMENTS) == [1.0] * num_ranks

@@ -67,7 +67,7 @@ class Observer:
         return counters.wait_ns - before
 
     def observe(self, now_s: float) -> tuple[Observation, tuple[Work, ...]]:
-        """What all ranks counted since the last call, for the rebalancer, and by rank for those who look for stragglers.
+        """What all ranks counted since the last call, for the rebalancer, and by rank for who looks for stragglers.
         Collective."""
         self.counters.expert_ns = int(sum(bank.compute_s for bank in self._banks) * _NS)
         totals_X = self._totals()
