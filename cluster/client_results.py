@@ -48,6 +48,8 @@ class RankStatus:
     step_s: float
     resident_bytes: int
     device: str
+    slowness: float = 1.0  # its time for the same work against the others', once it is named for that
+    straggler: bool = False  # named: the others wait for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,8 @@ class GroupStatus:
     tp: int
     epoch: int
     ranks: tuple[RankStatus, ...]
+    activity: str = ""  # when it is not simply serving at full strength
+    spare_ranks: int = 0  # how many more it could lose before the others cannot hold all experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +119,15 @@ def server_info(m: pb.GetServerInfoResponse) -> ServerInfo:
 def cluster_status(message: pb.GetClusterStatusResponse) -> ClusterStatus:
     return ClusterStatus(
         groups=tuple(
-            GroupStatus(group.name, group.dp, group.tp, group.epoch, tuple(map(_rank, group.ranks)))
+            GroupStatus(
+                group.name,
+                group.dp,
+                group.tp,
+                group.epoch,
+                tuple(map(_rank, group.ranks)),
+                group.activity,
+                group.spare_ranks,
+            )
             for group in message.groups
         ),
         open_streams=message.open_streams,
@@ -136,6 +148,8 @@ def _rank(m: pb.Rank) -> RankStatus:
         step_s=m.step_seconds,
         resident_bytes=m.resident_bytes,
         device=m.device,
+        slowness=m.slowness or 1.0,
+        straggler=m.straggler,
     )
 
 
