@@ -42,7 +42,8 @@ class Gateway:
             GrpcOptions(
                 host=bracketed(server.host),
                 port=server.port,
-                reuse_port=config.cluster.gateways > 1,
+                # While gateways are replaced there is one more of them on the port than there will be.
+                reuse_port=server.port != 0,
                 grace_s=server.drain_s,
             ),
         )
@@ -91,9 +92,9 @@ def advertised(host: str, port: int, here: str) -> str:
 
 
 def metrics_ports(config: Config) -> range:
-    """The ports that the gateways of one host share out among themselves."""
+    """The ports that the gateways of one host share out among themselves; one more while they are replaced."""
     first = config.server.metrics_port
-    return range(first, min(first + config.cluster.gateways, 2**16))
+    return range(first, min(first + config.cluster.gateways + 1, 2**16))
 
 
 def served_model(config: Config, backend: Backend) -> ServedModel:

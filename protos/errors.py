@@ -105,3 +105,7 @@ class ConfigError(MoestroError):
 
 class CheckpointError(MoestroError):
     """A checkpoint that cannot be served: names file, tensor and reason."""
+
+
+class ExpertsDoNotFit(MoestroError):
+    """The ranks that are left cannot hold all experts of the model."""

@@ -42,6 +42,9 @@ PURE = (
     "cluster/edge/parked.py",
     "cluster/edge/resuming.py",
     "router/placement.py",
+    "router/rehome.py",
+    "router/view.py",
+    "workers/memory_plan.py",
 )
 IMPURE = {"time", "asyncio", "threading", "socket", "torch", "grpc", "ray", "random"}
 
