@@ -9,8 +9,10 @@ from typing import Any, TypeVar
 
 import grpc
 
+from moestro.cluster.backend import Capacity
 from moestro.cluster.delta_streams import DeltaStreams, QueuedDeltas
 from moestro.cluster.edge.statuses import DETAILS_KEY, error_of
+from moestro.cluster.ranks.capacity import rank_capacity
 from moestro.cluster.ranks.server import CHANNEL_OPTIONS, SECRET_KEY
 from moestro.protos import wire
 from moestro.protos.errors import EngineLost, Unavailable
@@ -45,6 +47,11 @@ class RankLink:
     def num_open(self) -> int:
         """Sequences started here and not ended: the freshest measure of the load we put on the rank."""
         return len(self._streams)
+
+    def capacity(self, gateways: int) -> Capacity:
+        """What one of so many gateways may use of the rank, once connected."""
+        assert self.limits is not None
+        return rank_capacity(self.limits, self.load, self.num_open, gateways)
 
     async def connect(self) -> EngineLimits:
         """Attaches. Raises Unavailable when the rank does not answer or refuses us."""
