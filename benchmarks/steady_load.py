@@ -1,4 +1,4 @@
-"""A steady crowd of clients that know what to be answered: what a cluster must not fail while it is changed."""
+"""A steady crowd of clients that know what they should be answered: which a cluster must not fail while it changes."""
 
 from __future__ import annotations
 

@@ -35,8 +35,20 @@ PURE = (
     "workers/scheduler_sequence.py",
     "workers/kv_blocks.py",
     "cluster/directory.py",
+    "cluster/edge/admitted.py",
+    "cluster/edge/history.py",
+    "cluster/edge/incidents.py",
     "cluster/edge/journal.py",
+    "cluster/edge/admission.py",
+    "cluster/edge/estimates.py",
+    "cluster/edge/fair_queue.py",
+    "cluster/edge/tickets.py",
+    "cluster/edge/parked.py",
+    "cluster/edge/resuming.py",
     "router/placement.py",
+    "router/rehome.py",
+    "router/view.py",
+    "workers/memory_plan.py",
 )
 IMPURE = {"time", "asyncio", "threading", "socket", "torch", "grpc", "ray", "random"}
 
