@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 
 from moestro.cluster.backend import Capacity
@@ -34,7 +33,7 @@ class Permit:
 
 
 class Permits:
-    """Admission to one backend, by the clock of ``time.monotonic``. All methods on one asyncio loop."""
+    """Admission to one backend, by the loop's clock. All methods on one asyncio loop."""
 
     def __init__(self, admission: Admission, capacity: Callable[[], Capacity]) -> None:
         self._admission = admission
@@ -61,12 +60,12 @@ class Permits:
 
     def check(self, client: str, deadline_s: float) -> None:
         """Raises Overloaded when there is no hope for any request of this client, Unavailable without any rank."""
-        self._admission.check(client, deadline_s, self._capacity(), time.monotonic())
+        self._admission.check(client, deadline_s, self._capacity(), _now())
 
     async def take(self, ask: Ask) -> Permit:
         """Waits for its turn. Raises Overloaded, at once when it would not come in time; Unavailable without any rank.
-        ``ask.deadline_s`` is of ``time.monotonic``."""
-        now_s = time.monotonic()
+        ``ask.deadline_s`` is of the loop's clock."""
+        now_s = _now()
         capacity = self._capacity()
         ticket = self._admission.offer(ask, capacity, now_s)
         self._advance(capacity, now_s)
@@ -84,20 +83,20 @@ class Permits:
         return Permit(self, ticket)
 
     def release(self, ticket: Ticket, first_s: float | None = None, written: int = 0, finished: bool = False) -> None:
-        now_s = time.monotonic()
+        now_s = _now()
         self._admission.release(ticket, now_s, first_s=first_s, written=written, finished=finished)
         if self._futures:
             self._advance(self._capacity_now(), now_s)
 
     def refuse(self, reason: Refusal, message: str) -> Overloaded:
         """A refusal for a reason that admission does not know of, counted with the others."""
-        return self._admission.refuse(reason, message, time.monotonic())
+        return self._admission.refuse(reason, message, _now())
 
     def set_shedding(self, new: bool, waiting: bool) -> None:
         """Memory runs short: nothing ``new`` is taken; all that is ``waiting`` is given up."""
         self._admission.is_shedding = new
         if waiting:
-            now_s = time.monotonic()
+            now_s = _now()
             self._admission.shed(now_s)
             self._advance(self._capacity_now(), now_s)
 
@@ -117,7 +116,7 @@ class Permits:
 
     def _on_poll(self) -> None:
         self._poll = None
-        now_s = time.monotonic()
+        now_s = _now()
         self._admission.expire(now_s)
         self._advance(self._capacity_now(), now_s)
         self._poll_later()
@@ -128,3 +127,7 @@ class Permits:
             return self._capacity()
         except Unavailable:
             return _NOTHING
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

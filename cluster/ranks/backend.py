@@ -96,6 +96,9 @@ class ClusterBackend:
         for address in wanted.keys() - self._links.keys() - self._connecting.keys():
             self._connecting[address] = asyncio.create_task(self._connect(address))
 
+    async def available(self) -> None:
+        await self._attached.wait()
+
     async def wait_attached(self) -> None:
         """Returns when at least one rank can take requests."""
         await self._attached.wait()

@@ -15,7 +15,7 @@ from moestro.cluster.edge.statuses import DETAILS_KEY, error_of
 from moestro.cluster.ranks.capacity import rank_capacity
 from moestro.cluster.ranks.server import CHANNEL_OPTIONS, SECRET_KEY
 from moestro.protos import wire
-from moestro.protos.errors import Unavailable
+from moestro.protos.errors import EngineLost, Unavailable
 from moestro.protos.gen import inference_pb2 as public
 from moestro.protos.gen import rank_pb2 as pb
 from moestro.protos.gen import rank_pb2_grpc
@@ -120,7 +120,7 @@ class RankLink:
             log.exception("rank at %s sent something unreadable", self.address)
             reason = "sent something unreadable"
         finally:
-            self._streams.fail(Unavailable(f"a rank was lost: {reason}"))
+            self._streams.fail(EngineLost(f"a rank was lost: {reason}", died=True, engine=self.address))
             self._on_lost(self)
 
     def _take(self, step: pb.Step) -> None:
@@ -129,6 +129,8 @@ class RankLink:
         for message in step.deltas:
             if message.refused:
                 self._streams.refuse(message.sequence_id, message.error)
+            elif message.lost:
+                self._streams.lose(message.sequence_id, message.error)
             else:
                 self._streams.deliver(wire.decode_delta(message))
 

@@ -36,9 +36,14 @@ MAX_MESSAGE_BYTES = 64 * 2**20  # a prompt of a million tokens is about 4 MB; lo
 MAX_UNSENT_DELTAS = 2**18  # a gateway that lags so far behind is cut off, or its deltas would fill our memory
 
 
+ALIVE_S = 4.0  # a machine that is gone closes no connection: each end asks the other so often, and waits so long
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", int(ALIVE_S * 1000)),
+    ("grpc.keepalive_timeout_ms", int(ALIVE_S * 1000)),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", int(ALIVE_S * 500)),
 )
 
 

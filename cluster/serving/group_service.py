@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from moestro.cluster.config import Config
 from moestro.cluster.directory import GroupEntry, RankEntry, RankState
+from moestro.cluster.serving.directory_client import DirectoryClient
 from moestro.cluster.serving.logs import log_to_ray
 from moestro.cluster.serving.rank_actor import Rank, RankPlace
 from moestro.cluster.serving.specs import rank_resources
@@ -32,10 +33,10 @@ class GroupService:
         self, config: Config, secret: str, directory: DeploymentHandle[Any], gpus_per_rank: float
     ) -> None:
         log_to_ray()
-        self._directory = directory
+        self._directory = DirectoryClient(directory)
         self._drain_s = config.server.drain_s
         cluster = config.cluster
-        self._entry: GroupEntry = await directory.begin.remote(cluster.dp, cluster.tp)
+        self._entry: GroupEntry = await self._directory.begin(cluster.dp, cluster.tp)
         on_loopback = not cluster.ray_address
         self._actors = [self._actor(rank, config, gpus_per_rank) for rank in range(cluster.dp * cluster.tp)]
         # Imported only now: it brings torch, and the ranks do the same meanwhile.
@@ -55,8 +56,10 @@ class GroupService:
             while not starting.done():
                 await asyncio.wait([starting], timeout=PROGRESS_S)
                 with contextlib.suppress(Exception):  # what is wrong with a rank is said by start itself
+                    await self._look()
                     await self._report()
             await starting
+            await self._look()
             await self._report()
         except BaseException:
             await self._farewell()
@@ -65,15 +68,14 @@ class GroupService:
     async def check_health(self) -> None:
         """Raises when a rank has died or another group took our place: Serve then replaces the group."""
         try:
-            accepted = await asyncio.wait_for(self._report(), HEALTH_TIMEOUT_S)
+            await asyncio.wait_for(self._look(), HEALTH_TIMEOUT_S)
         except Exception as error:
             log.error("%s is lost: %s", self._entry.name, error)
             lost = tuple(replace(rank, state=RankState.LOST) for rank in self._entry.ranks)
             self._entry = replace(self._entry, ranks=lost)
-            with contextlib.suppress(Exception):
-                await asyncio.wait_for(self._directory.put.remote(self._entry), FAREWELL_S)
+            await self._report()
             raise
-        if not accepted:
+        if not await self._report():
             raise RuntimeError(f"{self._entry.name} epoch {self._entry.epoch} is over")
 
     async def __del__(self) -> None:
@@ -85,12 +87,19 @@ class GroupService:
 
     async def _farewell(self) -> None:
         with contextlib.suppress(Exception):
-            await asyncio.wait_for(self._directory.remove.remote(self._entry.name, self._entry.epoch), FAREWELL_S)
+            await asyncio.wait_for(self._directory.remove(self._entry.name, self._entry.epoch), FAREWELL_S)
 
-    async def _report(self) -> bool:
+    async def _look(self) -> None:
         ranks: list[RankEntry] = await asyncio.gather(*(actor.entry.remote() for actor in self._actors))
         self._entry = replace(self._entry, ranks=tuple(ranks))
-        return bool(await self._directory.put.remote(self._entry))
+
+    async def _report(self) -> bool:
+        """Says whether the group still has its place. A directory that is being replaced hears of us the next time."""
+        try:
+            return await self._directory.put(self._entry)
+        except Exception as error:
+            log.warning("directory: %s", error)
+            return True
 
     def _actor(self, rank: int, config: Config, gpus_per_rank: float) -> Any:
         placement = ray.util.get_current_placement_group()

@@ -41,6 +41,9 @@ PURE = (
     "cluster/edge/fair_queue.py",
     "cluster/edge/tickets.py",
     "router/placement.py",
+    "router/rehome.py",
+    "router/view.py",
+    "workers/memory_plan.py",
 )
 IMPURE = {"time", "asyncio", "threading", "socket", "torch", "grpc", "ray", "random"}
 
