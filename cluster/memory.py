@@ -36,10 +36,8 @@ def reserve(total: int) -> int:
 
 def pressure(reading: MemoryReading, before: Pressure) -> Pressure:
     """Nothing new below the reserve, nothing waiting below half of it."""
-    thresholds = {Pressure.NEW: reserve(reading.total), Pressure.WAITING: reserve(reading.total) // 2}
-    held = (level for level in (Pressure.WAITING, Pressure.NEW) if reading.free < _until(thresholds[level], level, before))
-    return next(held, Pressure.NONE)
-
-
-def _until(threshold: int, level: Pressure, before: Pressure) -> float:
-    return threshold * RELIEF if before >= level else threshold
+    for level, share in ((Pressure.WAITING, 0.5), (Pressure.NEW, 1.0)):
+        threshold = reserve(reading.total) * share
+        if reading.free < (threshold * RELIEF if before >= level else threshold):
+            return level
+    return Pressure.NONE

@@ -1,7 +1,8 @@
 """Clients that do not read: found by looking around now and then, so that a token costs no timer; cut off on their own.
 
 HTTP/2's flow control makes a write wait while the client's window is full. Until then nothing is held for it but what
-the engine goes on writing, and that is bounded here too.
+the engine goes on writing, and that is bounded here too. A client that is cut off is told why when it reads on; until
+then, or until it hangs up, gRPC keeps the call and what is on its way, some kilobytes.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ class Reader:
         return now_s - self._since_s
 
     def num_unread(self) -> int:
-        return self._stream.num_unread()
+        """Tokens held for it; none while it is waited for the engine."""
+        return 0 if self.writing is None else self._stream.num_unread()
 
     def cut(self, reason: str) -> None:
-        """Ends its write, and no other's. Once."""
-        if not self.cut_for:
-            self.cut_for = reason
-            self._task.cancel()
+        """Ends its write, and no other's."""
+        self.cut_for = reason
+        self._task.cancel()
 
     def uncut(self) -> bool:
         """Whether a cancellation of this task was our own, which then is taken back."""
@@ -90,12 +91,13 @@ class SlowConsumers:
             await asyncio.sleep(LOOK_S)
             now_s = time.monotonic()
             for reader in tuple(self._readers):
-                if reader.num_unread() > self._max_unread_tokens:
-                    self._cut(reader, f"{reader.num_unread()} tokens wait to be read; at most {self._max_unread_tokens}")
-                elif reader.stalled_s(now_s) > self._stall_s:
+                if reader.stalled_s(now_s) > self._stall_s:
                     self._cut(reader, f"nothing was read for {self._stall_s:g} s")
+                elif (unread := reader.num_unread()) > self._max_unread_tokens:
+                    self._cut(reader, f"{unread} tokens wait to be read, at most {self._max_unread_tokens} may")
         self._looking = None
 
     def _cut(self, reader: Reader, reason: str) -> None:
-        self.num_cut += not reader.cut_for
-        reader.cut(reason)
+        if not reader.cut_for:
+            self.num_cut += 1
+            reader.cut(f"the stream was cut off and can be resumed: {reason}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moestro.cluster.memory import MemoryReading, Pressure, pressure, reserve
@@ -36,6 +36,7 @@ def test_first_the_new_then_the_waiting_and_back_without_flutter() -> None:
     assert seen == [none, none, new, new, new, waiting, waiting, new, new, none, none]
 
 
+@settings(deadline=None)
 @given(free=st.integers(-(2**40), 2**40), total=st.integers(1, 2**40), before=st.sampled_from(Pressure))
 def test_less_memory_is_never_less_pressure(free: int, total: int, before: Pressure) -> None:
     here = pressure(MemoryReading(free, total), before)
