@@ -67,10 +67,11 @@ class GroupStatus:
 
 @dataclass(frozen=True, slots=True)
 class ClusterStatus:
-    """All groups, and the streams open at the gateway that answered."""
+    """All groups, and of the gateway that answered the open streams, and how many of them have not been started."""
 
     groups: tuple[GroupStatus, ...]
     open_streams: int
+    queued_requests: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,7 @@ def cluster_status(message: pb.GetClusterStatusResponse) -> ClusterStatus:
             for group in message.groups
         ),
         open_streams=message.open_streams,
+        queued_requests=message.queued_requests,
     )
 
 

@@ -44,4 +44,5 @@ def status(
                 f"{rank.resident_bytes / 2**20:.0f}",
             )
         console.print(table)
-    console.print(f"{cluster.open_streams} open streams at this gateway", highlight=False)
+    waiting = f", {cluster.queued_requests} of them waiting" if cluster.queued_requests else ""
+    console.print(f"{cluster.open_streams} open streams at this gateway{waiting}", highlight=False)
