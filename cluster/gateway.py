@@ -79,7 +79,8 @@ class Gateway:
             experts = group_experts(await self._operations.experts(pb.GetExpertsRequest()))
         except (MoestroError, TimeoutError):
             experts = ()
-        return Observed(__version__, self._core.num_open, cluster_status(await self._operations.status()), experts)
+        status = cluster_status(await self._operations.status())
+        return Observed(__version__, self._core.num_open, status, experts, self._operations.groups)
 
 
 def bracketed(host: str) -> str:
