@@ -13,8 +13,8 @@ import psutil
 import pytest
 from tests.cluster.servers import Server, serving, until
 
-from moestro.cluster.client import Client
-from moestro.cluster.client_results import Completion, GroupStatus
+from moestro.cluster.client import Client, Completion
+from moestro.cluster.client_results import GroupStatus
 
 NUM_TOKENS = 300
 OPTIONS: list[dict[str, object]] = [
@@ -61,7 +61,6 @@ def states(client: Client) -> list[str]:
 def is_whole(client: Client) -> bool:
     group = group_of(client)
     return group.activity == "" and [rank.state for rank in group.ranks] == ["serving"] * 3
-
 
 
 def disturbed(client: Client, expected: list[Completion], fault: object) -> list[Completion]:
