@@ -103,13 +103,12 @@ class Supervisor:
         return self._entry
 
     async def start(self) -> None:
-        """Returns when the group serves. Raises GroupFailed, the reason in its last line, when it does not come up."""
+        """Returns when the group serves. Raises GroupFailed with the reason when it does not come up."""
         self._run(self._tick())
         self._run(self._tell_directory())
         self._carry_out(self._membership.begin(self._now_s()))
         while not self._membership.is_settled:
-            if self._end.done():
-                raise GroupFailed(f"{self._entry.name} did not come up\n{self._end.result()}")
+            self.check()
             await asyncio.wait([self._end], timeout=TICK_S)
         await self._put()
 

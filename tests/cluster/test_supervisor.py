@@ -170,11 +170,11 @@ def test_a_stopped_process_is_killed() -> None:
     supervised(scenario)
 
 
-def test_what_fails_at_the_start_is_said_in_the_last_line() -> None:
+def test_what_fails_at_the_start_is_said() -> None:
     async def run() -> None:
         group = Group(cannot_load={1})
         supervisor = await group.supervisor()
-        with pytest.raises(GroupFailed, match="group-0 did not come up\nCheckpointError: no such tensor"):
+        with pytest.raises(GroupFailed, match="^CheckpointError: no such tensor$"):
             await supervisor.start()
         await supervisor.stop()
         assert all(process.killed for process in group.processes.values())
