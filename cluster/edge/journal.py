@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from moestro.cluster.edge.admitted import Admitted
 from moestro.cluster.edge.events import ChoiceDelta, PositionLogprobs, StreamEvent, TokenLogprob, Usage
-from moestro.cluster.edge.history import Arrived, History
+from moestro.cluster.edge.history import Arrived, History, mark
 from moestro.cluster.edge.resuming import check_arrived
 from moestro.cluster.edge.served import OpenText, TextModel, TextStream
 from moestro.protos.errors import FieldViolation, InvalidRequest, SequenceFailed, Unavailable
@@ -101,7 +101,7 @@ class Journal:
         for index, (token_ids, reason) in sorted(arrived.choices.items()):
             choice = self.choices[index]
             choice.output_ids += token_ids
-            self._marks.extend((arrived.next_number - 1, index, len(token_ids)))
+            self._marks.append(mark(0, index, len(token_ids)))
             if reason is not None:
                 choice.finish_reason, choice.finish_number = reason, arrived.next_number - 1
                 choice.ledger = SequenceLedger()
@@ -166,6 +166,7 @@ class Journal:
         """Takes what the engine added. Deltas of a choice that has ended (they crossed its cancel) are dropped.
         Raises SequenceFailed when a sequence failed, Unavailable when the engine ended one unasked."""
         parts: dict[int, ChoiceDelta] = {}
+        event = self._next_number - self._first_number + 1
         cancel: list[str] = []
         prompt_logprobs: tuple[PositionLogprobs, ...] | None = None
         for delta in deltas:
@@ -179,7 +180,7 @@ class Journal:
             if part.finish_reason is FinishReason.STOP_STRING and delta.finish_reason is None:
                 cancel.append(choice.sequence_id)
             parts[index] = part if index not in parts else _merge(parts[index], part)
-            self._marks.extend((self._next_number, index, len(choice.output_ids)))
+            self._marks.append(mark(event, index, len(choice.output_ids)))
         if not parts:
             return Acceptance(None, ())
         return Acceptance(self._event(tuple(parts.values()), prompt_logprobs), tuple(cancel))

@@ -255,3 +255,30 @@ def test_the_engine_is_told_to_drop_what_was_lost_only_in_part() -> None:
         raise EngineLost("given up", died=False)
 
     run(test())
+
+
+def test_a_stream_that_is_closed_while_it_waits_for_an_engine_starts_nothing() -> None:
+    async def test() -> None:
+        backend = Away([Fault(1)])
+        core = RequestCore([served(backend)])
+        stream = await core.open(ask())
+        await stream.next()
+        waiting = asyncio.ensure_future(stream.next())
+        await asyncio.sleep(0.01)
+        stream.close()
+        backend.back.set()
+        with pytest.raises(Unavailable, match="was closed"):
+            await waiting
+        assert backend.num_started == 1
+        backend = Away([Fault(1)])
+        core = RequestCore([served(backend)])
+        stream = await core.open(ask())
+        await stream.next()
+        waiting = asyncio.ensure_future(stream.next())
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert core.num_open == 0
+
+    run(test())
