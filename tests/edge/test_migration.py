@@ -35,6 +35,10 @@ async def events_of(core: RequestCore, request: pb.GenerateRequest | pb.ChatRequ
     return [event async for event in core.stream(request)]
 
 
+async def gathered(request: pb.GenerateRequest | pb.ChatRequest) -> Completion:
+    return gather(await events_of(RequestCore([served()]), request))
+
+
 def same_answer(one: Completion, other: Completion) -> bool:
     return (one.choices, one.seed, one.prompt_logprobs) == (other.choices, other.seed, other.prompt_logprobs)
 
@@ -45,41 +49,44 @@ faults = st.lists(
     max_size=8,
 )
 requests = st.builds(
-    lambda n, max_tokens, logprobs, stops, chat: (
+    lambda n, max_tokens, logprobs, chat: (
         pb.ChatRequest(
             messages=[pb.ChatMessage(role="user", content="hi")],
             sampling=pb.SamplingParams(seed=SEED),
-            stop=pb.StopParams(max_tokens=max_tokens, strings=stops),
+            stop=pb.StopParams(max_tokens=max_tokens),
             output=pb.OutputParams(n=n, logprobs=logprobs, prompt_logprobs=logprobs),
         )
         if chat
         else ask(
-            stop=pb.StopParams(max_tokens=max_tokens, strings=stops),
+            stop=pb.StopParams(max_tokens=max_tokens),
             output=pb.OutputParams(n=n, logprobs=logprobs, prompt_logprobs=logprobs),
         )
     ),
     n=st.integers(1, 4),
     max_tokens=st.integers(1, 12),
     logprobs=st.none() | st.integers(0, 3),
-    # The stub's tokens are 7 apart: a stop string that comes true, one that begins to, one that never does.
-    stops=st.lists(st.sampled_from(["jqx", "qz", "!", "}%", "x&"]), max_size=3, unique=True),
     chat=st.booleans(),
 )
 
 
 @settings(max_examples=80, deadline=None)
-@given(requests, faults)
+@given(requests, faults, st.none() | st.tuples(st.integers(0, 10), st.integers(1, 5)))
 def test_wherever_engines_are_lost_the_answer_is_the_same(
-    request: pb.GenerateRequest | pb.ChatRequest, faults: list[Fault]
+    request: pb.GenerateRequest | pb.ChatRequest, faults: list[Fault], stop_at: tuple[int, int] | None
 ) -> None:
+    """``stop_at``: a part of the answer (from, length) that is a stop string, beside one that begins like it."""
     faults = [Fault(2), *faults]  # the first start of all would be refused to the caller
 
     async def test() -> None:
-        undisturbed = await events_of(RequestCore([served()]), request)
+        if stop_at is not None:
+            text = (await gathered(request)).text
+            stop = text[stop_at[0] :][: stop_at[1]] or "none"
+            request.stop.strings.extend([stop, stop + "~never"])
+        undisturbed = await gathered(request)
         backend = StubBackend(LIMITS, faults=faults)
         core = RequestCore([served(backend)], MANY)
         events = await events_of(core, request)
-        assert same_answer(gather(events), gather(undisturbed))
+        assert same_answer(gather(events), undisturbed)
         assert [event.sequence_number for event in events] == list(range(len(events)))
         assert [event.usage is None for event in events] == [True] * (len(events) - 1) + [False]
         assert sum(event.prompt_logprobs is not None for event in events) == request.output.HasField("prompt_logprobs")
