@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
 from math import inf
 from typing import ParamSpec, TypeVar
 
 from moestro.cluster.edge.admission import Admission
 from moestro.cluster.edge.admitted import Admitted, settle
 from moestro.cluster.edge.admitting import Admitting
+from moestro.cluster.edge.callers import NOBODY, Caller, ask_for
 from moestro.cluster.edge.events import Completion, StreamEvent, gather
 from moestro.cluster.edge.history import Arrived
 from moestro.cluster.edge.incidents import Incidents
@@ -28,21 +28,13 @@ from moestro.cluster.edge.request_stream import RequestStream
 from moestro.cluster.edge.run import Run
 from moestro.cluster.edge.served import EdgeLimits, ServedModel, TextModel
 from moestro.cluster.edge.suspects import Suspects
-from moestro.cluster.edge.tickets import Ask, Refusal
+from moestro.cluster.edge.tickets import Refusal
 from moestro.cluster.edge.validation import ValidRequest, validate_chat, validate_generate, validate_token_ids
 from moestro.protos.errors import FieldViolation, InvalidRequest, Overloaded, UnknownModel
 from moestro.protos.gen import inference_pb2 as pb
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who asks. ``name`` is what admission is fair to; ``remaining_s``: until the caller gives up, by its own clock."""
-
-    name: str = ""
-    remaining_s: float | None = None
 
 
 class RequestCore:
@@ -90,7 +82,7 @@ class RequestCore:
         self,
         request: pb.GenerateRequest | pb.ChatRequest,
         timeout_s: float | None = None,
-        caller: Caller = Caller(),
+        caller: Caller = NOBODY,
     ) -> RequestStream:
         """Admits a request, waiting for its turn, or takes up again one that was cut off. Raises InvalidRequest,
         UnknownModel, Overloaded, Unavailable, Quarantined or TimeoutError, with nothing started then."""
@@ -107,14 +99,17 @@ class RequestCore:
         remaining_s = min(inf if each is None else each for each in (timeout_s, caller.remaining_s))
         permits = self.permits[model.name]
         with self._admit(valid, permits) as request_id:
-            permits.check(caller.name, started_s + remaining_s)
+            goes_on = valid.resume is not None and (request_id in self._open or request_id in self._parking)
+            if not goes_on:
+                permits.check(caller.name, started_s + remaining_s)
             async with asyncio.timeout_at(deadline_s):
                 prompt_ids = await self._prompt_ids(model, valid)
                 admitted = settle(valid, request_id, model, prompt_ids)
                 journal = Journal(admitted, model.text, model.open_text, started_s)
                 if valid.resume is not None:
                     journal.resume(self._arrived(valid.resume, admitted))
-                permit = await permits.take(_ask(journal, caller.name, started_s + remaining_s))
+                ask = ask_for(journal, caller.name, started_s + remaining_s)
+                permit = permits.go_on(ask) if goes_on else await permits.take(ask)
             journal.wait(permit.queued_s)
             run = Run(journal, model.backend, self.limits.recovery, self._suspects, self.incidents)
             try:
@@ -138,7 +133,7 @@ class RequestCore:
         self,
         request: pb.GenerateRequest | pb.ChatRequest,
         timeout_s: float | None = None,
-        caller: Caller = Caller(),
+        caller: Caller = NOBODY,
     ) -> Completion:
         """Admits and gathers the whole answer. Raises as ``open`` does."""
         if request.diagnostics.trace:
@@ -240,18 +235,3 @@ def _encode_chat(text: TextModel, messages: list[dict[str, str]]) -> list[int]:
 
 def _now() -> float:
     return asyncio.get_running_loop().time()
-
-
-def _ask(journal: Journal, client: str, deadline_s: float) -> Ask:
-    """What a request costs from here: of one that is gone on with, what was written before belongs to the prompt."""
-    sequences = journal.sequences()
-    written = max((len(sequence.output_ids) for sequence in sequences), default=0)
-    longest = max((sequence.sampling.max_tokens for sequence in sequences), default=0)
-    return Ask(
-        client=client,
-        prompt_tokens=len(journal.admitted.prompt_ids) + written,
-        max_tokens=max(1, longest - written),
-        choices=max(1, len(sequences)),
-        priority=journal.admitted.priority,
-        deadline_s=deadline_s,
-    )

@@ -25,6 +25,9 @@ class Parking:
     def __len__(self) -> int:
         return len(self._parked)
 
+    def __contains__(self, request_id: str) -> bool:
+        return self._parked.find(request_id, asyncio.get_running_loop().time()) is not None
+
     def park(self, journal: Journal) -> None:
         """Remembers what was sent of a stream that is no more."""
         if self._is_open:

@@ -88,6 +88,9 @@ class Run:
         finally:
             self._recovering = None
 
+    def num_unread(self) -> int:
+        return 0 if self._deltas is None else self._deltas.num_unread()
+
     def close(self) -> None:
         """Cancels what still runs; who waits for it is told. Idempotent."""
         self._closed = True
