@@ -25,6 +25,8 @@ from moestro.protos.sequences import (
     TokenLogprobs,
 )
 
+# Tokens after which a choice got further than the engine that died with it: that one may have drawn some untold.
+PROGRESS = 4
 _ENDED_BY_TOKEN = (FinishReason.EOS, FinishReason.STOP_TOKEN)
 
 
@@ -37,7 +39,8 @@ class ChoiceRecord:
     output_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     finish_number: int = 0  # of the event that said so
-    num_deaths: int = 0  # of engines while it ran, since its last token
+    num_deaths: int = 0  # of engines while it ran, since it last got anywhere
+    died_at: int = 0  # how many tokens it had at the last of them
     first_token_s: float | None = None
     last_token_s: float = 0.0
     ledger: SequenceLedger | None = None
@@ -91,7 +94,7 @@ class Journal:
 
     @property
     def num_deaths(self) -> int:
-        """Engines that died while a choice ran, and it has had no token since."""
+        """Engines that died while a choice ran, and it has had less than PROGRESS tokens since."""
         return max((choice.num_deaths for choice in self.choices if choice.finish_reason is None), default=0)
 
     def resume(self, arrived: Arrived) -> None:
@@ -133,7 +136,8 @@ class Journal:
         self.interrupt(now_s)
         self.num_migrations += 1
         for choice in self._open_choices():
-            choice.num_deaths += died
+            if died:
+                choice.num_deaths, choice.died_at = choice.num_deaths + 1, len(choice.output_ids)
 
     def restart(self, now_s: float) -> list[SequenceRequest]:
         """The replay: ``sequences()`` for another engine, from now on."""
@@ -203,7 +207,8 @@ class Journal:
                 choice.first_token_s = now_s
             choice.last_token_s = now_s
             choice.output_ids += token_ids
-            choice.num_deaths = 0
+            if choice.num_deaths and len(choice.output_ids) >= choice.died_at + PROGRESS:
+                choice.num_deaths = 0
         if reason is not None:
             if stop_string is None:
                 text += choice.text.finish()

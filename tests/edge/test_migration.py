@@ -15,6 +15,7 @@ from tests.edge.serving import refused, rig, run
 
 from moestro.cluster.edge.core import RequestCore
 from moestro.cluster.edge.events import Completion, StreamEvent, gather
+from moestro.cluster.edge.journal import PROGRESS
 from moestro.cluster.edge.served import EdgeLimits, RecoveryLimits
 from moestro.cluster.edge.stub import Fault, StubBackend
 from moestro.protos.errors import EngineLost, Overloaded, Quarantined, Unavailable
@@ -45,7 +46,7 @@ def same_answer(one: Completion, other: Completion) -> bool:
 
 faults = st.lists(
     st.builds(Fault, after_steps=st.integers(0, 4), died=st.just(False), refuses=st.booleans())
-    | st.builds(Fault, after_steps=st.integers(1, 4)),
+    | st.builds(Fault, after_steps=st.integers(PROGRESS, 6)),
     max_size=8,
 )
 requests = st.builds(
@@ -63,7 +64,7 @@ requests = st.builds(
         )
     ),
     n=st.integers(1, 4),
-    max_tokens=st.integers(1, 12),
+    max_tokens=st.integers(1, 16),
     logprobs=st.none() | st.integers(0, 3),
     chat=st.booleans(),
 )
@@ -207,6 +208,54 @@ def test_a_request_that_killed_two_engines_is_not_tried_a_third_time(position: i
     run(test())
 
 
+def test_tokens_that_died_on_their_way_are_no_alibi() -> None:
+    """An engine dies with tokens that it has drawn and not yet told, so the next one dies a few tokens further."""
+
+    async def test() -> None:
+        backend = StubBackend(LIMITS, step_s=0.001)
+        bad = [kills_at(3, "bad"), kills_at(5, "bad")]
+        backend.poison = lambda sequence, at: bad[min(backend.num_deaths, 1)](sequence, at)
+        core = RequestCore([served(backend)])
+        with pytest.raises(Quarantined):
+            await core.complete(ask("bad"))
+        assert backend.num_deaths == 2
+        # In company: a neighbour that waits for its first token must not be taken for the one that kills.
+        backend.num_deaths = 0
+        slow = SlowStarts(backend, "good")
+        core = RequestCore([served(slow)])
+        answers = await asyncio.gather(core.complete(ask("good")), core.complete(ask("bad")), return_exceptions=True)
+        assert isinstance(answers[0], Completion), answers[0]
+        assert isinstance(answers[1], Quarantined)
+
+    run(test())
+
+
+class SlowStarts(StubBackend):
+    """Takes its time over the first token of every replay of one prompt."""
+
+    def __init__(self, like: StubBackend, prompt: str) -> None:
+        super().__init__(LIMITS, step_s=0.001, poison=like.poison)
+        like.kill = self.kill  # type: ignore[method-assign]
+        self._like, self._prompt = like, tuple(ord(c) - 32 for c in prompt)
+
+    def kill(self) -> None:
+        self._like.num_deaths += 1
+        super().kill()
+
+    def start(self, sequences: Any) -> Any:
+        stream = super().start(sequences)
+        if sequences[0].prompt_ids == self._prompt and sequences[0].output_ids:
+            quick = stream.next
+
+            async def slow() -> Any:
+                stream.next = quick
+                await asyncio.sleep(0.02)
+                return await quick()
+
+            stream.next = slow
+        return stream
+
+
 @pytest.mark.parametrize("n", [1, 3])
 def test_its_neighbours_come_through(n: int) -> None:
     """They lose their engine with it, before their replays have had a token; only the one that kills is refused."""
@@ -232,9 +281,10 @@ def test_its_neighbours_come_through(n: int) -> None:
 
 def test_who_got_further_is_innocent_and_so_is_who_was_asked_to_go() -> None:
     async def test() -> None:
-        for faults in ([Fault(1)] * 6, [Fault(0, died=False)] * 6):
+        long = ask(stop=pb.StopParams(max_tokens=30))
+        for faults in ([Fault(PROGRESS)] * 6, [Fault(0, died=False)] * 6):
             core = RequestCore([served(StubBackend(LIMITS, faults=faults))], MANY)
-            assert (await core.complete(ask())).usage.migrations == 6
+            assert (await core.complete(long)).usage.migrations == 6
         core = RequestCore([served(StubBackend(LIMITS, faults=[Fault(2), Fault(0, died=False), Fault(0)]))], MANY)
         with pytest.raises(Quarantined):
             await core.complete(ask())
