@@ -50,3 +50,8 @@ def group_of_actor(name: str) -> str | None:
     """The group that a rank's actor belongs to, by the actor's name; None for other actors."""
     match = re.match(r"(group-\d+) rank ", name)
     return match[1] if match else None
+
+
+def watchdog_s(config: Config, num_gpus: float) -> float:
+    """How long a rank may neither step nor answer."""
+    return config.recovery.watchdog_s or (30.0 if num_gpus else 3.0)

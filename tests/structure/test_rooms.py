@@ -47,6 +47,7 @@ PURE = (
     "cluster/edge/resuming.py",
     "router/placement.py",
     "router/rehome.py",
+    "router/stragglers.py",
     "router/view.py",
     "workers/memory_plan.py",
 )
