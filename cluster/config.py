@@ -172,7 +172,7 @@ class AdmissionConfig(Section):
         default=30.0,
         gt=0,
         le=86400,
-        description="A request that would wait longer is refused at once; one let in waits at most twice as long.",
+        description="A request that would wait longer is refused at once; one let in waits twice as long at most.",
     )
     quantum: int = Field(
         default=512, ge=1, le=2**20, description="Tokens a client may start before it is the next one's turn."
