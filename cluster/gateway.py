@@ -35,7 +35,7 @@ class Gateway:
     """Serves one model's cluster on one port. All methods on one asyncio loop."""
 
     def __init__(self, config: Config, secret: str, gateway_id: str) -> None:
-        self._backend = ClusterBackend(gateway_id, secret, config.cluster.gateways)
+        self._backend = ClusterBackend(gateway_id, secret, gateways=config.cluster.gateways)
         self._operations = ClusterOperations(self._backend)
         self._core = RequestCore([served_model(config, self._backend)], edge_limits(config))
         (self._permits,) = self._core.permits.values()

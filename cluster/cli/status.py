@@ -25,7 +25,8 @@ def status(
         return
     console = Console()
     for group in cluster.groups:
-        table = Table(title=f"{group.name}  dp {group.dp} x tp {group.tp}  epoch {group.epoch}", title_justify="left")
+        title = f"{group.name}  dp {group.dp} x tp {group.tp}  epoch {group.epoch}  spare ranks {group.spare_ranks}"
+        table = Table(title=f"{title}  {group.activity}".rstrip(), title_justify="left")
         for name in ("rank", "state", "device"):
             table.add_column(name, no_wrap=True)
         for name in ("run", "wait", "KV blocks", "steps", "step ms", "MiB"):
@@ -33,7 +34,7 @@ def status(
         for rank in group.ranks:
             table.add_row(
                 rank.name.removeprefix(f"{group.name} rank "),
-                rank.state,
+                f"{rank.state}, {rank.slowness:.1f} x slow" if rank.straggler else rank.state,
                 rank.device,
                 str(rank.num_running),
                 str(rank.num_waiting),

@@ -28,7 +28,7 @@ def ask_for(journal: Journal, client: str, deadline_s: float) -> Ask:
         client=client,
         prompt_tokens=len(journal.admitted.prompt_ids) + written,
         max_tokens=max(1, longest - written),
-        choices=len(sequences),
+        choices=max(1, len(sequences)),
         priority=journal.admitted.priority,
         deadline_s=deadline_s,
     )

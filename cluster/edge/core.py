@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from math import inf
 from typing import ParamSpec, TypeVar
 
 from moestro.cluster.edge.admission import Admission
 from moestro.cluster.edge.admitted import Admitted, settle
+from moestro.cluster.edge.admitting import Admitting
 from moestro.cluster.edge.callers import NOBODY, Caller, ask_for
 from moestro.cluster.edge.events import Completion, StreamEvent, gather
 from moestro.cluster.edge.history import Arrived
 from moestro.cluster.edge.incidents import Incidents
 from moestro.cluster.edge.journal import Journal
-from moestro.cluster.edge.parked import Parked
+from moestro.cluster.edge.parking import Parking
 from moestro.cluster.edge.permits import Permits
+from moestro.cluster.edge.request_ids import new_request_id
 from moestro.cluster.edge.request_stream import RequestStream
 from moestro.cluster.edge.run import Run
 from moestro.cluster.edge.served import EdgeLimits, ServedModel, TextModel
@@ -46,9 +47,8 @@ class RequestCore:
         self.models = {model.name: model for model in models}
         self.incidents = Incidents(self.limits.recovery.max_incidents)
         self._open: dict[str, RequestStream] = {}  # by request id
-        self._admitting: set[str] = set()
-        self._parked = Parked(self.limits.recovery.resume_s, self.limits.recovery.max_parked)
-        self._expiry: asyncio.TimerHandle | None = None
+        self._admitting: dict[str, Admitting] = {}
+        self._parking = Parking(self.limits.recovery)
         self._suspects = Suspects()
         self._num_text_calls = 0
         self.permits = {
@@ -68,7 +68,7 @@ class RequestCore:
     @property
     def num_parked(self) -> int:
         """Streams that are no more and can be resumed."""
-        return len(self._parked)
+        return len(self._parking)
 
     def find(self, name: str) -> ServedModel:
         """The model of that name; the only one when the name is empty. Raises UnknownModel."""
@@ -99,7 +99,7 @@ class RequestCore:
         remaining_s = min(inf if each is None else each for each in (timeout_s, caller.remaining_s))
         permits = self.permits[model.name]
         with self._admit(valid, permits) as request_id:
-            goes_on = valid.resume is not None and self._remembers(request_id)
+            goes_on = valid.resume is not None and (request_id in self._open or request_id in self._parking)
             if not goes_on:
                 permits.check(caller.name, started_s + remaining_s)
             async with asyncio.timeout_at(deadline_s):
@@ -118,7 +118,7 @@ class RequestCore:
                 permit.give_back()
                 raise
             stream = self._open[request_id] = RequestStream(journal, run, deadline_s, permit, self._on_close)
-            self._parked.discard(request_id)
+            self._parking.discard(request_id)
         return stream
 
     async def stream(
@@ -141,6 +141,7 @@ class RequestCore:
         if request.HasField("resume"):
             raise InvalidRequest([FieldViolation("resume", "must be absent: only a stream can be resumed")])
         with await self.open(request, timeout_s, caller) as stream:
+            stream.is_resumable = False
             return gather([event async for event in stream])
 
     async def tokenize(self, request: pb.TokenizeRequest) -> list[int]:
@@ -169,16 +170,18 @@ class RequestCore:
         if self.num_open >= self.limits.max_open_requests:
             raise permits.refuse(Refusal.OPEN, f"{self.num_open} requests are open, the most this gateway takes")
         request_id = valid.request_id or new_request_id()
-        if request_id in self._admitting or (request_id in self._open and valid.resume is None):
+        earlier = self._admitting.get(request_id)
+        if valid.resume is None and (earlier is not None or request_id in self._open):
             raise InvalidRequest([FieldViolation("request_id", "is that of an open request")])
-        self._admitting.add(request_id)
+        if earlier is not None:
+            earlier.supersede(valid)
+        admitting = self._admitting[request_id] = Admitting(valid)
         try:
-            yield request_id
+            with admitting:
+                yield request_id
         finally:
-            self._admitting.discard(request_id)
-
-    def _remembers(self, request_id: str) -> bool:
-        return request_id in self._open or self._parked.find(request_id, _now()) is not None
+            if self._admitting.get(request_id) is admitting:
+                del self._admitting[request_id]
 
     def _arrived(self, claimed: Arrived, admitted: Admitted) -> Arrived:
         """What the caller of a stream has of it. A stream that is still open is taken over. Raises InvalidRequest,
@@ -187,29 +190,15 @@ class RequestCore:
         if (incident := self.incidents.of_request(request_id)) is not None:
             raise incident.verdict()
         open_stream = self._open.get(request_id)
-        history = self._parked.find(request_id, _now()) if open_stream is None else open_stream.journal.history()
-        if history is not None and history.digest != admitted.digest:
-            raise InvalidRequest([FieldViolation("resume", "the rest of the request is not as it was")])
-        if not claimed.choices and (history is not None or claimed.last_number is not None):
-            if history is None:
-                described = "must be set: of this request nothing is remembered here"
-                raise InvalidRequest([FieldViolation("resume.choices", described)])
-            claimed = history.arrived(claimed.last_number)
+        arrived = self._parking.arrived(claimed, admitted, None if open_stream is None else open_stream.journal)
         if open_stream is not None:
             open_stream.supersede()
-        return claimed
+        return arrived
 
     def _on_close(self, stream: RequestStream) -> None:
         del self._open[stream.request_id]
-        if not stream.has_failed and self.limits.recovery.max_parked:
-            self._parked.put(stream.request_id, stream.journal.history(), _now())
-            if self._expiry is None:
-                self._expire()
-
-    def _expire(self) -> None:
-        again_s = self._parked.expire(_now())
-        loop = asyncio.get_running_loop()
-        self._expiry = None if again_s is None else loop.call_at(again_s, self._expire)
+        if stream.is_resumable:
+            self._parking.park(stream.journal)
 
     async def _prompt_ids(self, model: ServedModel, valid: ValidRequest) -> tuple[int, ...]:
         if isinstance(valid.prompt, tuple):
@@ -242,11 +231,6 @@ class RequestCore:
 def _encode_chat(text: TextModel, messages: list[dict[str, str]]) -> list[int]:
     # The template has written the special tokens itself.
     return text.encode(text.render_chat(messages), add_special_tokens=False)
-
-
-def new_request_id() -> str:
-    """An id for a request whose caller gave none."""
-    return f"req-{secrets.token_hex(8)}"
 
 
 def _now() -> float:

@@ -105,6 +105,9 @@ def error_of(code: grpc.StatusCode, message: str, details: bytes | None) -> Exce
             return Overloaded(message, retry_after_s)
         case grpc.StatusCode.UNAVAILABLE:
             return Unavailable(message, retry_after_s)
+        case grpc.StatusCode.CANCELLED:
+            # Not by us, or nobody would read this: gRPC's server does it to a call that comes just when it is stopping.
+            return Unavailable(f"the server cancelled the call: {message}", retry_after_s)
         case grpc.StatusCode.INTERNAL if reason == "QUARANTINED":
             return Quarantined(message, facts.get("incident", ""))
         case grpc.StatusCode.ABORTED if reason == "SUPERSEDED":

@@ -81,6 +81,12 @@ def extremes(load: Sequence[int]) -> Iterator[tuple[str, int]]:
 def _status_series(groups: Sequence[GroupStatus]) -> Iterator[Metric]:
     serving = [((g.name,), float(all(rank.state == "serving" for rank in g.ranks))) for g in groups]
     yield _gauge("moestro_group_serving", "1 while every rank of the group serves.", "group", serving)
+    yield _gauge(
+        "moestro_group_spare_ranks",
+        "Ranks that the group can lose before the others cannot hold all experts.",
+        "group",
+        [((g.name,), g.spare_ranks) for g in groups],
+    )
     ranks = [((g.name, str(number)), rank) for g in groups for number, rank in enumerate(g.ranks)]
     # A tensor-parallel peer repeats its leader's numbers: sums over ranks must count them once.
     leaders = [(labels, rank) for labels, rank in ranks if rank.tp_rank == 0]
@@ -102,6 +108,12 @@ def _status_series(groups: Sequence[GroupStatus]) -> Iterator[Metric]:
         "Duration of the last step.",
         "group rank",
         [(x, r.step_s) for x, r in leaders],
+    )
+    yield _gauge(
+        "moestro_rank_slowness",
+        "Time for the same work against the other ranks of the group, of a straggler; 1 for a rank that is none.",
+        "group rank",
+        [(x, r.slowness) for x, r in leaders],
     )
     yield _gauge(
         "moestro_rank_resident_memory_bytes",
