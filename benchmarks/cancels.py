@@ -5,8 +5,8 @@
 A gateway on real sockets before a rank with real scheduler, KV blocks and wire (``paced_rank``), in this process, where
 everything can be counted. Each request ends in a way drawn from the seed: it is read to its end, cancelled after some
 messages, cancelled at once, left by its deadline, cut with its connection, or by a client that does not read and then
-hangs up. Bursts are larger than the rank, so that many leave while they wait. Afterwards nothing may be left: KV blocks,
-sequences at the rank, requests, permits and places in line at the gateway, asyncio tasks, file descriptors.
+hangs up. Bursts are larger than the rank, so that many leave while they wait. Afterwards nothing may be left: KV
+blocks, sequences at the rank, requests, permits and places in line at the gateway, asyncio tasks, file descriptors.
 """
 
 from __future__ import annotations

@@ -46,6 +46,7 @@ PROMPT = 16, 64
 DEADLINE_S = 8.0
 LIMITS = AdmissionLimits(max_queue_s=5.0)
 WARM_S = 5.0  # of each level, not counted
+PROBE_S = 0.02
 FLOOD = 150  # requests that the flood keeps open
 CALL = "/moestro.v1.InferenceService/Generate"
 FACTORS = (1, 2, 5)
@@ -60,6 +61,19 @@ class Answer:
     done_s: float = 0.0
     token_times_s: list[float] = field(default_factory=list)
     code: str = "OK"
+
+
+class LoopDelay:
+    """How late this process is woken: what it measures of others is late by as much."""
+
+    def __init__(self) -> None:
+        self.delays_s: list[float] = []
+
+    async def sample(self) -> None:
+        while True:
+            due_s = time.perf_counter() + PROBE_S
+            await asyncio.sleep(PROBE_S)
+            self.delays_s.append(time.perf_counter() - due_s)
 
 
 class Side:
@@ -174,10 +188,18 @@ def goodput(answers: list[Answer], seconds: float) -> float:
     return sum(WARM_S < time_s <= seconds for time_s in times) / (seconds - WARM_S)
 
 
+async def beside(delay: LoopDelay, work: Awaitable[list[Answer]]) -> list[Answer]:
+    sampling = asyncio.create_task(delay.sample())
+    try:
+        return await work
+    finally:
+        sampling.cancel()
+
+
 def level(it: Side, seconds: float, run: Callable[[], Awaitable[list[Answer]]]) -> dict[str, float]:
     it.observe()
-    start_s = time.perf_counter()
-    answers = asyncio.run(run())  # type: ignore[arg-type]
+    start_s, delay = time.perf_counter(), LoopDelay()
+    answers = asyncio.run(beside(delay, run()))
     resident, _, prefilled, steps = it.observe()
     taken = [count for time_s, count in steps if WARM_S < time_s - start_s <= seconds]
     refusals = sorted(a.done_s - a.sent_s for a in answers if a.code == "RESOURCE_EXHAUSTED")
@@ -192,6 +214,7 @@ def level(it: Side, seconds: float, run: Callable[[], Awaitable[list[Answer]]]) 
         "prefilled_in_vain": prefilled - completed,
         "refusal_p50_ms": 1e3 * refusals[len(refusals) // 2] if refusals else 0.0,
         "refusal_p99_ms": 1e3 * refusals[int(len(refusals) * 0.99)] if refusals else 0.0,
+        "loop_delay_p99_ms": 1e3 * sorted(delay.delays_s)[int(len(delay.delays_s) * 0.99)],
         "resident_mb": resident / 1e6,
     }
 

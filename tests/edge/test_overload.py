@@ -189,3 +189,20 @@ def test_as_memory_runs_short_first_the_new_is_refused_then_what_waits_is_given_
             assert permits.counts.refused == {Refusal.MEMORY: 2}
 
     run(test())
+
+
+def test_a_rank_whose_memory_runs_short_gets_nothing_new() -> None:
+    async def test() -> None:
+        async with rig() as it:
+            running = await it.fill()
+            waiting = it.ask("waiting")
+            await until(lambda: it.num_queued == 1)
+            it.rank.server.set_pressure(Pressure.NEW)
+            await until(lambda: it.gateway.backend.capacity().sequences == 0)
+            assert (await refused(it.ask("new"))).message == "memory runs short: nothing new is taken"
+            await asyncio.gather(*running)
+            assert not waiting.done()
+            it.rank.server.set_pressure(Pressure.NONE)
+            assert (await waiting).usage.output_tokens == 20
+
+    run(test())
