@@ -9,17 +9,20 @@ from typing import Any, cast
 
 from moestro.cluster.directory_calls import DirectoryCalls, DirectoryServer
 from moestro.cluster.simulation.client import SimulatedClient
+from moestro.cluster.simulation.experts import Experts
 from moestro.cluster.simulation.faults import FAULTS
 from moestro.cluster.simulation.gateway import SimulatedGateway
-from moestro.cluster.simulation.group import SimulatedGroup, SimulatedRank
+from moestro.cluster.simulation.group import GroupPlan, SimulatedGroup
 from moestro.cluster.simulation.handles import Handle, Host
 from moestro.cluster.simulation.network import Network
+from moestro.cluster.simulation.rank import SimulatedRank
 from moestro.cluster.simulation.rpc import Sockets
 from moestro.cluster.simulation.scenario import Ask, Habit, Scenario
 from moestro.cluster.simulation.trace import Trace
 from moestro.cluster.simulation.virtual_time import Process
 from moestro.cluster.simulation.worker import SimulatedWorker
 from moestro.protos.errors import Overloaded, SequenceFailed, Unavailable
+from moestro.router.parallel import GroupShape
 
 PATIENCE_S = 300.0  # by then every request must have ended
 SETTLE_S = 30.0  # by then everything must be free again
@@ -35,18 +38,22 @@ class SimulatedCluster:
         self.sockets = Sockets(self.network)
         self.failures: list[BaseException] = []
         self._processes: list[Process] = []
+        self._epochs: dict[str, int] = {}  # by process, the last
+        self._placements: dict[tuple[str, int], object] = {}  # by group and epoch
         self._incarnations = 0
         self.directory: Host | None = None
         self.handle = cast(DirectoryCalls, Handle(self.network, lambda: self.directory))
         self.gateways: dict[str, SimulatedGateway] = {}
         self.addresses = [f"gateway-{number}" for number in range(scenario.gateways)]
+        plan = GroupPlan(
+            GroupShape(scenario.dp),
+            scenario.scheduler,
+            Experts(scenario.num_experts, 2, scenario.redundant, scenario.most_slots, []),
+        )
         self.groups = [
-            SimulatedGroup(
-                number, scenario.dp, self.process, self.sockets, self.handle, scenario.scheduler, self.rng, trace,
-                self.observe,
-            )
+            SimulatedGroup(number, plan, self.process, self.sockets, self.handle, self.rng, trace, self.observe)
             for number in range(scenario.groups)
-        ]  # fmt: skip
+        ]
         self.clients = [
             SimulatedClient(ask, self.process(ask.name), self.sockets, self.addresses, self.rng, trace)
             for ask in scenario.asks
@@ -61,7 +68,7 @@ class SimulatedCluster:
 
     @property
     def ranks(self) -> list[SimulatedRank]:
-        return [rank for group in self.groups for rank in group.ranks if rank.process.is_alive]
+        return [rank for group in self.groups for rank in group.ranks]
 
     def start_directory(self) -> None:
         self._incarnations += 1
@@ -115,7 +122,7 @@ class SimulatedCluster:
         """Kills all that still lives, so that nothing outlives the loop."""
         for process in self._processes:
             process.kill()
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(0.5)
 
     async def _do_faults(self) -> None:
         loop = asyncio.get_running_loop()
@@ -128,9 +135,17 @@ class SimulatedCluster:
 
     def observe(self, worker: SimulatedWorker, what: str, facts: Mapping[str, Any]) -> None:
         """What workers tell of themselves."""
-        self.trace(worker.process.name, what + " {}", facts)
+        self.trace(worker.process.name, what + " {}", tuple(facts.values()))
         if what == "poisoned":
             asyncio.get_running_loop().call_soon(worker.process.kill)
+        if what == "state":
+            last = self._epochs.get(worker.process.name, 0)
+            assert facts["epoch"] >= last, f"{worker.process.name} went back from epoch {last}"
+            self._epochs[worker.process.name] = facts["epoch"]
+        if what == "placed":
+            key = worker.process.name.split("/")[0], facts["epoch"]
+            placements = self._placements.setdefault(key, facts["placements"])
+            assert placements == facts["placements"], f"two placements in epoch {key}"
         if what == "agreed":
             assert set(facts["epochs"]) == {facts["epoch"]}, f"{worker.process.name} computes with another epoch"
             assert len(set(facts["steps"])) == 1, f"{worker.process.name}: members are in different steps"
@@ -150,6 +165,8 @@ class SimulatedCluster:
         while (left := self.leftovers()) and loop.time() < until_s:
             await asyncio.sleep(0.5)
         assert not left, f"left over: {left}"
+        for group in self.groups:
+            assert group.supervisor is not None and group.supervisor.is_full, f"{group.name} is not whole again"
 
     def leftovers(self) -> list[str]:
         """What should be free when no request is open."""
@@ -157,6 +174,9 @@ class SimulatedCluster:
         for gateway in self.gateways.values():
             if gateway.process.is_alive and gateway.core.num_open:
                 found.append(f"{gateway.process.name}: {gateway.core.num_open} requests")
+        for group in self.groups:
+            if group.supervisor is None or not group.supervisor.is_full:
+                found.append(f"group {group.number} is not at full strength")
         for rank in self.ranks:
             rank.worker.scheduler.check_integrity()
             load = rank.worker.load

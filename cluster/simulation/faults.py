@@ -72,10 +72,10 @@ def _kill_gateway(cluster: SimulatedCluster, fault: Fault) -> None:
 
 
 def _kill_group(cluster: SimulatedCluster, fault: Fault) -> None:
-    group = cluster.groups[fault.target % len(cluster.groups)]
-    if group.process.is_alive:
-        group.process.kill()
-        asyncio.get_running_loop().call_later(fault.for_s, group.start)
+    """Its supervisor, and with it all that it has started; Serve starts another."""
+    supervisor = cluster.groups[fault.target % len(cluster.groups)].supervisor
+    if supervisor is not None:
+        supervisor.process.kill()
 
 
 def _cut_clients(cluster: SimulatedCluster, fault: Fault) -> None:

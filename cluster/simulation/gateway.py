@@ -19,7 +19,9 @@ SECRET = "secret"
 class SimulatedGateway:
     """Serves at ``address`` from when a rank is attached."""
 
-    def __init__(self, process: Process, address: str, sockets: Sockets, directory: DirectoryCalls, trace: Trace) -> None:
+    def __init__(
+        self, process: Process, address: str, sockets: Sockets, directory: DirectoryCalls, trace: Trace
+    ) -> None:
         self.process, self.address = process, address
         self.backend = ClusterBackend(process.name, SECRET, sockets.channel)
         self.core = RequestCore([served_letters(self.backend)])

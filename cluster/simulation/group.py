@@ -1,138 +1,195 @@
-"""A simulated group: a supervisor and the processes of its ranks."""
+"""A simulated group: its supervisor around the real membership core, and the processes of its ranks."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from moestro.cluster.directory import GroupEntry, RankState
+from moestro.cluster.directory import GroupEntry, RankEntry, RankState
 from moestro.cluster.directory_calls import DirectoryCalls
-from moestro.cluster.ranks.server import RankServer
-from moestro.cluster.simulation.gateway import SECRET
+from moestro.cluster.membership import Membership
+from moestro.cluster.membership_records import Form, GiveUp, Intent, Kill, MembershipConfig, Start, Tracked
+from moestro.cluster.simulation.experts import Experts
+from moestro.cluster.simulation.handles import Handle, Host
 from moestro.cluster.simulation.mesh import Fabric
-from moestro.cluster.simulation.rpc import SimulatedServer, Sockets
+from moestro.cluster.simulation.rank import SimulatedRank
+from moestro.cluster.simulation.rpc import Sockets
 from moestro.cluster.simulation.trace import Trace
 from moestro.cluster.simulation.virtual_time import Process
-from moestro.cluster.simulation.worker import Observe, Output, SimulatedWorker, WorkerCosts
-from moestro.protos.experts import ExpertsReport, PlacementRequest
-from moestro.protos.gen import rank_pb2_grpc
-from moestro.router.view import Member, View
+from moestro.cluster.simulation.worker import Observe
+from moestro.router.parallel import GroupShape
+from moestro.router.view import View
 from moestro.workers.scheduler_config import SchedulerConfig
+from moestro.workers.worker_state import WorkerPhase
 
 REPORT_S = 0.5
+TICK_S = 0.1
+RESTART_S = 1.0  # until Serve has started another supervisor
+KILL_S = 0.2  # at most, until a process that is killed is gone
 
 
-class SimulatedRank:
-    """A rank's process: the worker, and the real server that gateways attach to."""
+@dataclass(frozen=True, slots=True)
+class GroupPlan:
+    """What every group of a scenario is like."""
 
-    def __init__(
-        self, process: Process, address: str, worker: int, epoch: int, sockets: Sockets, fabric: Fabric,
-        config: SchedulerConfig, rng: random.Random, observe: Observe,
-    ) -> None:  # fmt: skip
-        self.process, self.address = process, address
-        self.worker = SimulatedWorker(process, worker, fabric, config, WorkerCosts(), rng, self._publish, observe)
-        self.server = RankServer(
-            self.worker.submit,
-            self.worker.limits,
-            self.worker.load,
-            SECRET,
-            epoch,
-            experts=_no_report,
-            request_placement=_no_placement,
-        )
-        self._sockets_server = SimulatedServer(sockets, process, address)
-        rank_pb2_grpc.add_RankServiceServicer_to_server(self.server, self._sockets_server)
-        process.at_death(lambda: fabric.lose(worker))
-
-    async def run(self) -> None:
-        self._sockets_server.start()
-        await self.worker.run()
-
-    def _publish(self, output: Output) -> None:
-        self.server.publish(output.deltas, output.refusals, output.load)
-
-
-def _no_report() -> ExpertsReport:
-    raise NotImplementedError
-
-
-def _no_placement(request: PlacementRequest) -> None:
-    raise NotImplementedError
+    shape: GroupShape
+    scheduler: SchedulerConfig
+    experts: Experts
 
 
 class SimulatedGroup:
-    """Starts its ranks, forms their view, reports them; when one dies it gives all up and begins anew."""
+    """A place for a group. When its supervisor dies or gives up, a new one begins with new ranks, as Serve does it."""
 
     def __init__(
-        self, number: int, dp: int, make_process: Callable[[str], Process], sockets: Sockets, directory: DirectoryCalls,
-        config: SchedulerConfig, rng: random.Random, trace: Trace, observe: Observe,
+        self, number: int, plan: GroupPlan, make_process: Callable[[str], Process], sockets: Sockets,
+        directory: DirectoryCalls, rng: random.Random, trace: Trace, observe: Observe,
     ) -> None:  # fmt: skip
-        self.ranks: list[SimulatedRank] = []
-        self.process: Process
-        self._number, self._dp, self._make_process, self._sockets = number, dp, make_process, sockets
-        self._directory, self._config, self._rng = directory, config, rng
-        self._trace, self._observe = trace, observe
+        self.number, self.plan = number, plan
+        self.make_process, self.sockets, self.directory = make_process, sockets, directory
+        self.rng, self.trace, self.observe = rng, trace, observe
+        self.supervisor: Supervisor | None = None
         self._incarnation = 0
+
+    @property
+    def name(self) -> str:
+        return "" if self.supervisor is None else self.supervisor.entry.name
+
+    @property
+    def ranks(self) -> list[SimulatedRank]:
+        """Those that live, by worker."""
+        ranks = () if self.supervisor is None else self.supervisor.ranks.values()
+        return [rank for rank in ranks if rank.process.is_alive]
 
     def start(self) -> None:
         """A new supervisor."""
         self._incarnation += 1
-        self.process = self._make_process(f"group{self._number}.{self._incarnation}")
-        self.process.at_death(self._lose_all)
-        self.process.spawn(self._run())
+        process = self.make_process(f"supervisor-{self.number}.{self._incarnation}")
+        supervisor = self.supervisor = Supervisor(self, process)
+        process.at_death(supervisor.end)
+        process.at_death(self._start_again)
+        process.spawn(supervisor.run())
 
-    async def _run(self) -> None:
-        entry: GroupEntry = await self._retry(lambda: self._directory.begin(self._dp, 1))
-        fabric = Fabric(self._sockets.network)
-        died = asyncio.Event()
-        self.ranks = []
-        for number in range(self._dp):
-            process = self._make_process(f"{entry.name}.{entry.epoch}/r{number}")
-            process.at_death(died.set)
-            rank = SimulatedRank(
-                process, process.name, number, entry.epoch, self._sockets, fabric, self._config, self._rng,
-                self._observe,
-            )  # fmt: skip
-            self.ranks.append(rank)
-            process.spawn(rank.run())
-        view = View(entry.epoch, tuple(Member(n, n) for n in range(self._dp)))
-        processes = {n: rank.process for n, rank in enumerate(self.ranks)}
-        for rank in self.ranks:
-            rank.worker.form(view, processes)
-        while not died.is_set():
-            entry = replace(
-                entry,
-                ranks=tuple(
-                    replace(
-                        r, state=RankState(_STATES.get(rank.worker.state.phase.value, "starting")), address=rank.address
-                    )
-                    for r, rank in zip(entry.ranks, self.ranks, strict=True)
-                ),
-            )
-            await self._retry(lambda: self._directory.put(entry))
-            try:
-                async with asyncio.timeout(REPORT_S):
-                    await died.wait()
-            except TimeoutError:
-                continue
-        lost = replace(entry, ranks=tuple(replace(r, state=RankState.LOST) for r in entry.ranks))
-        await self._retry(lambda: self._directory.put(lost))
-        self.process.kill()
-        self.start()
+    def _start_again(self) -> None:
+        asyncio.get_running_loop().call_later(RESTART_S, self.start)
 
-    async def _retry(self, call: Callable[[], Awaitable[Any]]) -> Any:
-        while True:
+
+class Supervisor:
+    """Carries out what the membership core decides."""
+
+    def __init__(self, group: SimulatedGroup, process: Process) -> None:
+        self.process = process
+        self.ranks: dict[int, SimulatedRank] = {}  # by worker
+        self.entry = GroupEntry("", group.plan.shape.dp, group.plan.shape.tp)
+        self.is_full = False  # every seat serves
+        self._group = group
+        self._fabric = Fabric(group.sockets.network)
+        self._membership: Membership | None = None
+        self._over = asyncio.Event()
+
+    async def run(self) -> None:
+        plan, time = self._group.plan, asyncio.get_running_loop().time
+        while not self.entry.name:
             try:
-                return await call()
+                self.entry = await self._group.directory.begin(plan.shape.dp, plan.shape.tp)
             except ConnectionError:
                 await asyncio.sleep(REPORT_S)
+        experts = plan.experts
+        membership = self._membership = Membership(MembershipConfig(plan.shape), self.entry.epoch)
+        membership.needs(-(-experts.num_experts // experts.most_slots))
+        self._carry_out(membership.begin(time()))
+        self.process.spawn(self._report(), "report")
+        while not self._over.is_set():
+            self._carry_out(membership.tick(time()))
+            await asyncio.sleep(TICK_S)
+        await asyncio.sleep(1.0)  # until it has been reported; what runs there migrates
+        self.process.kill()
 
-    def _lose_all(self) -> None:
-        for rank in self.ranks:
+    def end(self) -> None:
+        """With the supervisor go the store and all that it has started."""
+        for rank in self.ranks.values():
             rank.process.kill()
 
+    def _carry_out(self, intents: list[Intent]) -> None:
+        for intent in intents:
+            self._group.trace(self.process.name, "{}", intent)
+            match intent:
+                case Start(seat, worker):
+                    self._start(seat, worker)
+                case Form(view):
+                    self._form(view)
+                case Kill(worker, _):
+                    asyncio.get_running_loop().call_later(
+                        self._group.rng.uniform(0.0, KILL_S), self.ranks[worker].process.kill
+                    )
+                case GiveUp():
+                    self._over.set()
 
-_STATES = {"serving": "serving"}
+    def _start(self, seat: int, worker: int) -> None:
+        group = self._group
+        process = group.make_process(f"{self.entry.name}.{self.entry.epoch}/w{worker}")
+        rank = self.ranks[worker] = SimulatedRank(
+            process, worker, self.entry.epoch, group.sockets, self._fabric, group.plan.scheduler, group.rng,
+            group.observe,
+        )  # fmt: skip
+        process.spawn(rank.run(self._experts_for(seat)), "rank")
+        self.process.spawn(self._watch(worker, rank), "watch")
+
+    def _experts_for(self, seat: int) -> Experts:
+        """What a new worker is to read: for full strength at the start, then what the others lack."""
+        assert self._membership is not None
+        experts, members = self._group.plan.experts, self._membership.members()
+        if not members:
+            return experts.at_start(self._group.plan.shape.world_size, seat)
+        held = [[sorted(layer) for layer in self.ranks[member.number].worker.held] for member in members]
+        return experts.for_newcomer(held, sum(member.seat < seat for member in members))
+
+    def _form(self, view: View) -> None:
+        processes = {member.worker: self.ranks[member.worker].process for member in view.members}
+        for member in view.members:
+            rank = self.ranks[member.worker]
+            pipe = self._group.sockets.network.pipe(self.process, rank.process)
+            pipe.send(lambda worker=rank.worker: worker.form(view, processes))  # type: ignore[misc]
+
+    async def _watch(self, worker: int, rank: SimulatedRank) -> None:
+        """Tells the membership what is heard of one worker."""
+        assert self._membership is not None
+        membership, time = self._membership, asyncio.get_running_loop().time
+        handle = Handle(self._group.sockets.network, lambda: Host(rank.process, rank.worker))
+        phase, epoch = None, 0
+        while True:
+            try:
+                state = await handle.watch(phase, epoch)
+            except ConnectionError as error:
+                self._carry_out(membership.died(worker, str(error), time()))
+                return
+            phase, epoch = state.phase, state.epoch
+            self._carry_out(membership.told(worker, state, time()))
+
+    async def _report(self) -> None:
+        while True:
+            self.entry = replace(self.entry, ranks=tuple(self._rank_entry(each) for each in self.entry.ranks))
+            self.is_full = all(rank.state is RankState.SERVING for rank in self.entry.ranks)
+            try:
+                if not await self._group.directory.put(self.entry):
+                    self._over.set()  # another group has its place
+            except ConnectionError:
+                pass
+            await asyncio.sleep(REPORT_S)
+
+    def _rank_entry(self, entry: RankEntry) -> RankEntry:
+        assert self._membership is not None
+        worker = self._membership.worker_at(entry.dp_rank * self.entry.tp + entry.tp_rank)
+        address = "" if worker is None or entry.tp_rank else self.ranks[worker.number].address
+        return replace(entry, state=_state(worker, self._over.is_set()), address=address)
+
+
+def _state(worker: Tracked | None, drains: bool) -> RankState:
+    if worker is None:
+        return RankState.LOST
+    if drains:
+        return RankState.DRAINING
+    forms = worker.state.phase in (WorkerPhase.JOINING, WorkerPhase.BROKEN)
+    serves = worker.state.phase is WorkerPhase.SERVING or (forms and worker.has_served)
+    return RankState.SERVING if serves else RankState.STARTING

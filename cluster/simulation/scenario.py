@@ -82,6 +82,8 @@ class Scenario:
     gateways: int
     scheduler: SchedulerConfig
     num_experts: int
+    redundant: int
+    most_slots: int  # experts of a layer that fit on a rank
     asks: tuple[Ask, ...]
     faults: tuple[Fault, ...]
 
@@ -98,6 +100,7 @@ def draw_scenario(seed: int) -> Scenario:
         asks[0] = _tainted(asks[0], POISON, scheduler)
     elif special < 0.3:
         asks[0] = _tainted(asks[0], NOT_A_NUMBER, scheduler)
+    num_experts = rng.randint(4, 8)
     faults = [_fault(rng, span_s) for _ in range(rng.choice((0, 1, 1, 2, 3, 5)))]
     return Scenario(
         seed=seed,
@@ -105,7 +108,9 @@ def draw_scenario(seed: int) -> Scenario:
         dp=dp,
         gateways=rng.randint(1, 2),
         scheduler=scheduler,
-        num_experts=rng.randint(4, 8),
+        num_experts=num_experts,
+        redundant=rng.choice((0, 0, 2)),
+        most_slots=rng.randint(-(-num_experts // dp), num_experts),
         asks=tuple(asks),
         faults=tuple(sorted(faults, key=lambda fault: fault.at_s)),
     )

@@ -13,18 +13,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+from moestro.cluster.simulation.experts import Experts
 from moestro.cluster.simulation.mesh import EpochBroken, Fabric, Mesh
 from moestro.cluster.simulation.model import NamedCache
 from moestro.cluster.simulation.virtual_time import Process
 from moestro.protos import wire
+from moestro.protos.errors import CheckpointError
 from moestro.protos.gen import rank_pb2 as pb
 from moestro.protos.sequences import EngineLimits, EngineLoad, SequenceDelta
+from moestro.router.placement import EMPTY
 from moestro.router.view import View
 from moestro.workers.engine import Engine
 from moestro.workers.runner import StepRunner
 from moestro.workers.scheduler import Scheduler
 from moestro.workers.scheduler_config import SchedulerConfig
 from moestro.workers.worker_state import WorkerPhase, WorkerState
+
+WATCH_S = 0.25  # a worker that is asked says at least so often how it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +72,11 @@ class SimulatedWorker:
     ) -> None:
         self.process, self.worker = process, worker
         self.slowness = 1.0
-        self.state = WorkerState(WorkerPhase.LOADING)
-        self.on_state: Callable[[WorkerState], None] = lambda state: None
+        self.held: list[set[int]] = []  # by mixture layer
+        self.fails_to_load = 0  # times
+        self._told = WorkerState(WorkerPhase.LOADING)
+        self._changed = asyncio.Event()
+        self._turn_since_s: float | None = None
         self.mesh: Mesh | None = None
         self._fabric, self._costs, self._rng = fabric, costs, rng
         self._publish, self._observe = publish, observe
@@ -86,6 +94,22 @@ class SimulatedWorker:
     @property
     def load(self) -> EngineLoad:
         return replace(self._engine.load(), slowness=self.slowness)
+
+    @property
+    def state(self) -> WorkerState:
+        progress = 0 if self.mesh is None else self.mesh.progress
+        return replace(self._told, turns=self._turns, progress=progress, in_step_since_s=self._turn_since_s)
+
+    async def watch(self, told: WorkerPhase | None, epoch: int) -> WorkerState:
+        """Its state, when phase or epoch is another one than was told before, or after a while."""
+        try:
+            async with asyncio.timeout(WATCH_S):
+                while (self._told.phase, self._told.epoch) == (told, epoch):
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            pass
+        return self.state
 
     def submit(self, message: bytes) -> None:
         self._inbox.append(message)
@@ -107,35 +131,69 @@ class SimulatedWorker:
     def go_on(self) -> None:
         self._running.set()
 
-    async def run(self) -> None:
+    async def run(self, experts: Experts) -> None:
+        """Loads, then serves view after view. Returns when it has failed of its own fault."""
         await self._pause(self._costs.start_s)
-        self._tell(WorkerPhase.READY)
-        while True:
-            while self._wanted is None or self._wanted[0].epoch <= self.state.epoch:
-                self._formed.clear()
-                await self._formed.wait()
-            view, processes = self._wanted
-            mesh = self._fabric.port(view.epoch, self.worker)
-            mesh.join(view, processes)
-            self.mesh = mesh
-            try:
-                self._tell(WorkerPhase.JOINING, view.epoch)
-                await self._join(mesh, view)
-                self._tell(WorkerPhase.SERVING, view.epoch)
-                while True:
-                    await self._turn(mesh, view)
-            except EpochBroken as broken:
-                mesh.abort(str(broken))
-                self._tell(WorkerPhase.BROKEN, view.epoch, str(broken))
+        try:
+            await self._load(experts.to_hold)
+            self._tell(WorkerPhase.READY)
+            while True:
+                while self._wanted is None or self._wanted[0].epoch <= self._told.epoch:
+                    self._formed.clear()
+                    await self._formed.wait()
+                view, processes = self._wanted
+                if view.rank_of(self.worker) is None:
+                    self._tell(WorkerPhase.BROKEN, view.epoch, f"epoch {view.epoch} goes on without this worker")
+                else:
+                    await self._serve(view, processes, experts)
+        except CheckpointError as error:
+            self._tell(WorkerPhase.FAILED, reason=str(error))
 
-    async def _join(self, mesh: Mesh, view: View) -> None:
-        await mesh.gather(view, self._costs.forming_s)
+    async def _serve(self, view: View, processes: dict[int, Process], experts: Experts) -> None:
+        """One epoch, from its forming to its end."""
+        mesh = self.mesh = self._fabric.port(view.epoch, self.worker)
+        mesh.join(view, processes)
+        self._tell(WorkerPhase.JOINING, view.epoch)
+        try:
+            await self._join(mesh, view, experts)
+            self._tell(WorkerPhase.SERVING)
+            while True:
+                await self._turn(mesh, view)
+        except EpochBroken as broken:
+            mesh.abort(str(broken))
+            self._turn_since_s = None
+            self._tell(WorkerPhase.BROKEN, reason=str(broken))
+
+    async def _join(self, mesh: Mesh, view: View, experts: Experts) -> None:
+        """As ``workers.regroup``: each says what it really holds, and all compute from it where the experts go."""
+        held = await mesh.gather([sorted(layer) for layer in self.held], self._costs.forming_s)
+        placements = experts.rehomed(held)
+        rank = view.rank_of(self.worker)
+        assert rank is not None
+        await self._load([set(placement.slots[rank]) - {EMPTY} for placement in placements], mesh)
+        for told in await mesh.gather(placements, self._costs.forming_s):
+            assert told == placements, "the members do not agree where the experts are"
+        self._observe(self, "placed", {"epoch": view.epoch, "placements": placements, "held": self.held})
+
+    async def _load(self, wanted: list[set[int]], mesh: Mesh | None = None) -> None:
+        """Reads what is missing and drops what is surplus. Raises CheckpointError."""
+        held = self.held or [set[int]()] * len(wanted)
+        missing = sum(len(want - have) for want, have in zip(wanted, held, strict=True))
+        if missing:
+            await self._pause(self._costs.load_s * missing)
+        if self.fails_to_load and missing:
+            self.fails_to_load -= 1
+            raise CheckpointError("an expert cannot be read")
+        if mesh is not None and mesh.broken:
+            raise EpochBroken(mesh.broken)
+        self.held = wanted
 
     async def _turn(self, mesh: Mesh, view: View) -> None:
         """One round."""
         engine, costs, time = self._engine, self._costs, asyncio.get_running_loop().time
         await self._running.wait()
         self._turns += 1
+        self._turn_since_s = asyncio.get_running_loop().time()
         refusals = self._take_in()
         plan = engine.plan(time())
         try:
@@ -161,6 +219,7 @@ class SimulatedWorker:
         self.scheduler.check_integrity()
         self._say(deltas, refusals)
         if not any(tokens):
+            self._turn_since_s = None
             await mesh.sleep()
 
     def _take_in(self) -> list[tuple[str, str]]:
@@ -181,10 +240,10 @@ class SimulatedWorker:
         if deltas or refusals:
             self._publish(Output(deltas, refusals, self.load))
 
-    def _tell(self, phase: WorkerPhase, epoch: int = 0, reason: str = "") -> None:
-        self.state = WorkerState(phase, epoch or self.state.epoch, reason, self._turns)
-        self._observe(self, "state", {"phase": phase.value, "epoch": self.state.epoch, "reason": reason})
-        self.on_state(self.state)
+    def _tell(self, phase: WorkerPhase, epoch: int | None = None, reason: str = "") -> None:
+        self._told = WorkerState(phase, self._told.epoch if epoch is None else epoch, reason)
+        self._changed.set()
+        self._observe(self, "state", {"phase": phase.value, "epoch": self._told.epoch, "reason": reason})
 
     async def _pause(self, seconds: float) -> None:
         await asyncio.sleep(seconds * self._rng.uniform(0.9, 1.3))
