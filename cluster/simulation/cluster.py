@@ -39,6 +39,7 @@ class SimulatedCluster:
         self.failures: list[BaseException] = []
         self._processes: list[Process] = []
         self._epochs: dict[str, int] = {}  # by process, the last
+        self._views: dict[tuple[str, int], object] = {}  # by group and epoch
         self._placements: dict[tuple[str, int], object] = {}  # by group and epoch
         self._incarnations = 0
         self.directory: Host | None = None
@@ -46,7 +47,7 @@ class SimulatedCluster:
         self.gateways: dict[str, SimulatedGateway] = {}
         self.addresses = [f"gateway-{number}" for number in range(scenario.gateways)]
         plan = GroupPlan(
-            GroupShape(scenario.dp),
+            GroupShape(scenario.dp, scenario.tp),
             scenario.scheduler,
             Experts(scenario.num_experts, 2, scenario.redundant, scenario.most_slots, []),
         )
@@ -146,9 +147,9 @@ class SimulatedCluster:
             key = worker.process.name.split("/")[0], facts["epoch"]
             placements = self._placements.setdefault(key, facts["placements"])
             assert placements == facts["placements"], f"two placements in epoch {key}"
-        if what == "agreed":
-            assert set(facts["epochs"]) == {facts["epoch"]}, f"{worker.process.name} computes with another epoch"
-            assert len(set(facts["steps"])) == 1, f"{worker.process.name}: members are in different steps"
+        if what == "view":
+            key = worker.process.name.split("/")[0], facts["view"].epoch
+            assert self._views.setdefault(key, facts["view"]) == facts["view"], f"two views in epoch {key}"
 
     def check_ends(self) -> None:
         for client in self.clients:
@@ -178,8 +179,8 @@ class SimulatedCluster:
             if group.supervisor is None or not group.supervisor.is_full:
                 found.append(f"group {group.number} is not at full strength")
         for rank in self.ranks:
-            rank.worker.scheduler.check_integrity()
-            load = rank.worker.load
+            rank.worker.turns.scheduler.check_integrity()
+            load = rank.worker.turns.load
             if load.num_running or load.num_waiting or load.kv_blocks_used:
                 found.append(f"{rank.process.name}: {load}")
         return found

@@ -32,9 +32,9 @@ def _stop_rank(cluster: SimulatedCluster, fault: Fault) -> None:
 
 def _slow_rank(cluster: SimulatedCluster, fault: Fault) -> None:
     if ranks := cluster.ranks:
-        worker = ranks[fault.target % len(ranks)].worker
-        worker.slowness = 5.0
-        asyncio.get_running_loop().call_later(fault.for_s, setattr, worker, "slowness", 1.0)
+        turns = ranks[fault.target % len(ranks)].worker.turns
+        turns.slowness = 5.0
+        asyncio.get_running_loop().call_later(fault.for_s, setattr, turns, "slowness", 1.0)
 
 
 def _part_rank(cluster: SimulatedCluster, fault: Fault) -> None:

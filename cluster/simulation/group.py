@@ -65,7 +65,7 @@ class SimulatedGroup:
     def start(self) -> None:
         """A new supervisor."""
         self._incarnation += 1
-        process = self.make_process(f"supervisor-{self.number}.{self._incarnation}")
+        process = self.make_process(f"place-{self.number}.{self._incarnation}")
         supervisor = self.supervisor = Supervisor(self, process)
         process.at_death(supervisor.end)
         process.at_death(self._start_again)
@@ -128,7 +128,7 @@ class Supervisor:
 
     def _start(self, seat: int, worker: int) -> None:
         group = self._group
-        process = group.make_process(f"{self.entry.name}.{self.entry.epoch}/w{worker}")
+        process = group.make_process(f"{self.process.name}/w{worker}")
         rank = self.ranks[worker] = SimulatedRank(
             process, worker, self.entry.epoch, group.sockets, self._fabric, group.plan.scheduler, group.rng,
             group.observe,

@@ -9,8 +9,9 @@ from moestro.cluster.simulation.experts import Experts
 from moestro.cluster.simulation.gateway import SECRET
 from moestro.cluster.simulation.mesh import Fabric
 from moestro.cluster.simulation.rpc import SimulatedServer, Sockets
+from moestro.cluster.simulation.turns import Output
 from moestro.cluster.simulation.virtual_time import Process
-from moestro.cluster.simulation.worker import Observe, Output, SimulatedWorker, WorkerCosts
+from moestro.cluster.simulation.worker import Observe, SimulatedWorker
 from moestro.protos.experts import ExpertsReport, PlacementRequest
 from moestro.protos.gen import rank_pb2_grpc
 from moestro.workers.scheduler_config import SchedulerConfig
@@ -24,11 +25,11 @@ class SimulatedRank:
         rng: random.Random, observe: Observe,
     ) -> None:  # fmt: skip
         self.process, self.address = process, process.name
-        self.worker = SimulatedWorker(process, worker, fabric, config, WorkerCosts(), rng, self._publish, observe)
+        self.worker = SimulatedWorker(process, worker, fabric, config, rng, self._publish, observe)
         self.server = RankServer(
             self.worker.submit,
-            self.worker.limits,
-            self.worker.load,
+            self.worker.turns.limits,
+            self.worker.turns.load,
             SECRET,
             epoch,
             experts=_no_report,

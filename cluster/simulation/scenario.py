@@ -79,6 +79,7 @@ class Scenario:
     seed: int
     groups: int
     dp: int
+    tp: int
     gateways: int
     scheduler: SchedulerConfig
     num_experts: int
@@ -92,7 +93,7 @@ def draw_scenario(seed: int) -> Scenario:
     """The scenario of a seed."""
     rng = random.Random(f"scenario {seed}")
     scheduler = _scheduler(rng)
-    groups, dp = rng.choice(((1, 2), (1, 3), (1, 4), (2, 2), (2, 1)))
+    groups, dp, tp = rng.choice(((1, 2, 1), (1, 3, 1), (1, 4, 1), (2, 2, 1), (2, 1, 1), (1, 2, 2), (2, 1, 2)))
     span_s = rng.choice((0.2, 1.0, 3.0))
     special = rng.random()
     asks = [_ask(rng, number, scheduler, span_s) for number in range(rng.randint(3, 12))]
@@ -106,11 +107,12 @@ def draw_scenario(seed: int) -> Scenario:
         seed=seed,
         groups=groups,
         dp=dp,
+        tp=tp,
         gateways=rng.randint(1, 2),
         scheduler=scheduler,
         num_experts=num_experts,
         redundant=rng.choice((0, 0, 2)),
-        most_slots=rng.randint(-(-num_experts // dp), num_experts),
+        most_slots=rng.randint(-(-num_experts // (dp * tp)), num_experts),
         asks=tuple(asks),
         faults=tuple(sorted(faults, key=lambda fault: fault.at_s)),
     )
