@@ -7,6 +7,7 @@ the edge alone. The edge never knows which it talks to.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from moestro.protos.errors import FieldViolation, InvalidRequest
@@ -15,11 +16,20 @@ from moestro.protos.sequences import EngineLimits, SequenceDelta, SequenceReques
 MAX_NAMED = 8  # ranks and groups named in a refusal
 
 
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What a backend serves well at one time of the requests that come through here. More would only wait there."""
+
+    sequences: int
+    tokens: int  # prompt and output
+
+
 class DeltaStream(Protocol):
     """The deltas of the sequences of one request, as they come, in order within each sequence."""
 
     async def next(self) -> list[SequenceDelta]:
-        """Waits for at least one delta and returns all there are. Raises Unavailable when the engine is lost.
+        """Waits for at least one delta and returns all there are. Raises EngineLost when the request can go on
+        elsewhere, Overloaded when the engine would not take it on, Unavailable when nobody will.
         After every sequence has had a delta with a finish_reason it must not be called again."""
 
     def cancel(self, sequence_id: str) -> None:
@@ -29,6 +39,9 @@ class DeltaStream(Protocol):
     def close(self) -> None:
         """Cancels what is left. Idempotent."""
 
+    def num_unread(self) -> int:
+        """Tokens that have come and were not asked for."""
+
 
 class Backend(Protocol):
     """Runs sequences."""
@@ -36,9 +49,15 @@ class Backend(Protocol):
     @property
     def limits(self) -> EngineLimits: ...
 
+    def capacity(self) -> Capacity:
+        """As of now: it changes with the ranks there are, with their memory and with what other gateways put there."""
+
     def start(self, sequences: Sequence[SequenceRequest]) -> DeltaStream:
         """Starts the sequences of one request together, on one rank; on that of their diagnostics when these name one.
         Raises Overloaded or Unavailable, or InvalidRequest for a rank that nobody knows, with nothing started."""
+
+    async def available(self) -> None:
+        """Returns when some engine can take sequences. Raises Unavailable when none ever will."""
 
 
 def unknown_rank(name: str, known: Sequence[str]) -> InvalidRequest:

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from moestro.protos.errors import Overloaded
-from moestro.protos.sequences import SequenceDelta, SequenceRequest
+from moestro.protos.errors import EngineLost, Overloaded
+from moestro.protos.sequences import FinishReason, SequenceDelta, SequenceRequest
 
 
 class QueuedDeltas:
@@ -37,6 +37,9 @@ class QueuedDeltas:
     def close(self) -> None:
         for sequence_id in tuple(self._open):
             self.cancel(sequence_id)
+
+    def num_unread(self) -> int:
+        return sum(len(delta.token_ids) for delta in self._deltas)
 
     def put(self, delta: SequenceDelta) -> None:
         self._deltas.append(delta)
@@ -88,7 +91,10 @@ class DeltaStreams:
         return stream, renamed
 
     def deliver(self, delta: SequenceDelta) -> None:
-        """A delta of a sequence that was cancelled meanwhile is dropped."""
+        """A delta of a sequence that was cancelled meanwhile is dropped; one that the engine ended unasked is lost."""
+        if delta.finish_reason is FinishReason.CANCELLED:
+            self.lose(delta.sequence_id, "the engine ended it")
+            return
         take = self._streams.get if delta.finish_reason is None else self._pop
         entry = take(delta.sequence_id)
         if entry is not None:
@@ -100,6 +106,12 @@ class DeltaStreams:
         entry = self._pop(engine_id)
         if entry is not None:
             entry[0].fail(Overloaded(reason))
+
+    def lose(self, engine_id: str, reason: str) -> None:
+        """The engine is well but has the sequence no more."""
+        entry = self._pop(engine_id)
+        if entry is not None:
+            entry[0].fail(EngineLost(f"a sequence was lost: {reason}", died=False))
 
     def fail(self, failure: Exception) -> None:
         """The engine is lost: every open stream ends with ``failure``."""

@@ -201,7 +201,13 @@ def build_engine(spec: RankSpec, model: Decoder, device: torch.device) -> Engine
     spare = SPARE_BLOCKS if sizes.rows else 0
     cache = model.cache_spec.allocate([group.num_blocks + spare for group in config.groups], spec.block_size)
     scheduler = Scheduler(config)
-    limits = EngineLimits(model.config.vocab_size, scheduler.context_limit, spec.max_waiting)
+    limits = EngineLimits(
+        model.config.vocab_size,
+        scheduler.context_limit,
+        spec.max_waiting,
+        max_running=spec.max_num_sequences,
+        max_tokens=config.pool_tokens,
+    )
     num_columns = -(-scheduler.context_limit // spec.block_size)
     log.info(
         "memory of the device: %d bytes of cache, %d for the inputs and outputs of graphs",

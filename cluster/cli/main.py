@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from moestro import __version__
-from moestro.cluster.cli import bench, config, experts, generate, serve, status, verify
+from moestro.cluster.cli import bench, config, experts, generate, incidents, rollout, serve, status, verify
 from moestro.protos.errors import MoestroError
 
 app = typer.Typer(
@@ -20,9 +20,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(serve.serve)
+app.command()(rollout.scale)
+app.command()(rollout.update)
 app.command()(generate.generate)
 app.command()(generate.chat)
 app.command()(status.status)
+app.command()(incidents.incidents)
 app.add_typer(experts.app, name="experts")
 app.command()(bench.bench)
 app.command()(verify.verify)

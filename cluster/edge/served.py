@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from moestro.cluster.backend import Backend
+from moestro.cluster.edge.tickets import AdmissionLimits
 
 
 class GenerationDefaults(Protocol):
@@ -86,10 +87,22 @@ class ServedModel:
 
 
 @dataclass(frozen=True, slots=True)
+class RecoveryLimits:
+    """How far the edge goes to bring a request to its end; see ``[recovery]`` in the configuration."""
+
+    migrations: int = 3  # beyond it Unavailable
+    patience_s: float = 60.0  # for another engine, from the loss to the next token
+    resume_s: float = 60.0  # that what was sent of a stream is remembered after its end
+    max_parked: int = 1024  # streams so remembered
+    max_incidents: int = 256  # records of quarantined requests
+
+
+@dataclass(frozen=True, slots=True)
 class EdgeLimits:
     """Bounds of the edge itself; those of the engine come with its Backend."""
 
-    max_open_requests: int = 1024  # beyond it a request is refused with Overloaded, nothing started
+    max_open_requests: int = 1024  # waiting and started; beyond it a request is refused with Overloaded
+    admission: AdmissionLimits = field(default_factory=AdmissionLimits)  # of those that wait
     max_choices: int = 128
     max_logprobs: int = 20
     max_logit_bias: int = 1024
@@ -101,4 +114,5 @@ class EdgeLimits:
     max_chat_messages: int = 1024
     max_message_bytes: int = 4 << 20
     encode_in_thread_chars: int = 4096  # longer texts (or token lists) are converted off the event loop
+    recovery: RecoveryLimits = RecoveryLimits()
     max_text_calls: int = 64  # Tokenize and Detokenize calls at work; beyond it one is refused with Overloaded

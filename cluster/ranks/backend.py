@@ -6,11 +6,12 @@ import asyncio
 import logging
 from collections.abc import Iterable, Sequence
 
-from moestro.cluster.backend import unknown_rank
+from moestro.cluster.backend import Capacity, unknown_rank
 from moestro.cluster.delta_streams import QueuedDeltas
 from moestro.cluster.directory import GroupEntry
+from moestro.cluster.ranks.capacity import joint
 from moestro.cluster.ranks.link import OpenChannel, RankLink, open_channel
-from moestro.protos.errors import Unavailable
+from moestro.protos.errors import Overloaded, Unavailable
 from moestro.protos.sequences import EngineLimits, EngineLoad, SequenceRequest
 
 log = logging.getLogger(__name__)
@@ -36,11 +37,14 @@ def places(groups: Iterable[GroupEntry]) -> dict[str, tuple[str, ...]]:
 
 
 class ClusterBackend:
-    """Implements ``Backend`` over rank links. All methods on one asyncio loop."""
+    """Implements ``Backend`` over rank links, for one of so many gateways. All methods on one asyncio loop."""
 
-    def __init__(self, gateway_id: str, secret: str, open_channel: OpenChannel = open_channel) -> None:
+    def __init__(
+        self, gateway_id: str, secret: str, gateways: int = 1, open_channel: OpenChannel = open_channel
+    ) -> None:
         self._gateway_id = gateway_id
         self._secret = secret
+        self._gateways = gateways
         self._open_channel = open_channel
         self._wanted: dict[str, int] = {}  # address -> epoch
         self._links: dict[str, RankLink] = {}
@@ -57,8 +61,15 @@ class ClusterBackend:
             raise Unavailable("no rank is serving yet")
         return self._limits
 
+    def capacity(self) -> Capacity:
+        """Of the attached ranks together. Raises Unavailable when there is none."""
+        return joint(link.capacity(self._gateways) for link in self._links_of(""))
+
     def start(self, sequences: Sequence[SequenceRequest]) -> QueuedDeltas:
         links = self._links_of(sequences[0].diagnostics.rank)
+        links = [link for link in links if not link.load.is_shedding]
+        if not links:
+            raise Overloaded("memory runs short: nothing new is taken")
         self._turn += 1
         index = least_loaded([x.num_open for x in links], [x.load.num_waiting for x in links], self._turn % len(links))
         return links[index].start(sequences)
@@ -89,6 +100,9 @@ class ClusterBackend:
             if address in self._links or address in self._connecting:
                 continue
             self._connecting[address] = asyncio.create_task(self._connect(address))
+
+    async def available(self) -> None:
+        await self._attached.wait()
 
     async def wait_attached(self) -> None:
         """Returns when at least one rank can take requests."""

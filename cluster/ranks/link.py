@@ -9,11 +9,13 @@ from typing import Any, TypeVar
 
 import grpc
 
+from moestro.cluster.backend import Capacity
 from moestro.cluster.delta_streams import DeltaStreams, QueuedDeltas
 from moestro.cluster.edge.statuses import DETAILS_KEY, error_of
+from moestro.cluster.ranks.capacity import rank_capacity
 from moestro.cluster.ranks.server import CHANNEL_OPTIONS, SECRET_KEY
 from moestro.protos import wire
-from moestro.protos.errors import Unavailable
+from moestro.protos.errors import EngineLost, Unavailable
 from moestro.protos.gen import inference_pb2 as public
 from moestro.protos.gen import rank_pb2 as pb
 from moestro.protos.gen import rank_pb2_grpc
@@ -60,6 +62,11 @@ class RankLink:
     def num_open(self) -> int:
         """Sequences started here and not ended: the freshest measure of the load we put on the rank."""
         return len(self._streams)
+
+    def capacity(self, gateways: int) -> Capacity:
+        """What one of so many gateways may use of the rank, once connected."""
+        assert self.limits is not None
+        return rank_capacity(self.limits, self.load, self.num_open, gateways)
 
     async def connect(self) -> EngineLimits:
         """Attaches. Raises Unavailable when the rank does not answer or refuses us."""
@@ -128,7 +135,7 @@ class RankLink:
             log.exception("rank at %s sent something unreadable", self.address)
             reason = "sent something unreadable"
         finally:
-            self._streams.fail(Unavailable(f"a rank was lost: {reason}"))
+            self._streams.fail(EngineLost(f"a rank was lost: {reason}", died=True, engine=self.address))
             self._on_lost(self)
 
     def _take(self, step: pb.Step) -> None:
@@ -137,6 +144,8 @@ class RankLink:
         for message in step.deltas:
             if message.refused:
                 self._streams.refuse(message.sequence_id, message.error)
+            elif message.lost:
+                self._streams.lose(message.sequence_id, message.error)
             else:
                 self._streams.deliver(wire.decode_delta(message))
 

@@ -37,8 +37,20 @@ PURE = (
     "cluster/directory.py",
     "cluster/membership.py",
     "cluster/membership_records.py",
+    "cluster/edge/admitted.py",
+    "cluster/edge/history.py",
+    "cluster/edge/incidents.py",
     "cluster/edge/journal.py",
+    "cluster/edge/admission.py",
+    "cluster/edge/estimates.py",
+    "cluster/edge/fair_queue.py",
+    "cluster/edge/tickets.py",
+    "cluster/edge/parked.py",
+    "cluster/edge/resuming.py",
     "router/placement.py",
+    "router/rehome.py",
+    "router/view.py",
+    "workers/memory_plan.py",
 )
 IMPURE = {"time", "asyncio", "threading", "socket", "torch", "grpc", "ray", "random"}
 
