@@ -61,7 +61,7 @@ class SimulatedCluster:
         ]
 
     def process(self, name: str) -> Process:
-        process = Process(name)
+        process = Process(name, self.failures.append)
         self._processes.append(process)
         process.at_death(lambda: self.trace(name, "dies"))
         process.at_death(lambda: self.sockets.lose(process))
@@ -83,7 +83,9 @@ class SimulatedCluster:
         process = self.process(f"{address}.{self._incarnations}")
 
         async def run() -> None:
-            self.gateways[address] = gateway = SimulatedGateway(process, address, self.sockets, self.handle, self.trace)
+            self.gateways[address] = gateway = SimulatedGateway(
+                process, address, self.sockets, self.handle, self.scenario.gateways, self.trace
+            )
             await gateway.run()
 
         process.spawn(run())
@@ -102,8 +104,10 @@ class SimulatedCluster:
             group.start()
         for address in self.addresses:
             self.start_gateway(address)
-        while not all(a in self.sockets.servers for a in self.addresses):
-            await asyncio.sleep(0.05)
+        async with asyncio.timeout(SETTLE_S):
+            while not all(address in self.sockets.servers for address in self.addresses):
+                await asyncio.sleep(0.05)
+                self._check_failures()
         faults = asyncio.create_task(self._do_faults())
         asking = [client.process.spawn(client.run()) for client in self.clients]
         async with asyncio.timeout(PATIENCE_S):
@@ -116,6 +120,9 @@ class SimulatedCluster:
         await faults
         self.check_ends()
         await self._settle()
+        self._check_failures()
+
+    def _check_failures(self) -> None:
         if self.failures:
             raise self.failures[0]
 

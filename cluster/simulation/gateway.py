@@ -20,10 +20,10 @@ class SimulatedGateway:
     """Serves at ``address`` from when a rank is attached."""
 
     def __init__(
-        self, process: Process, address: str, sockets: Sockets, directory: DirectoryCalls, trace: Trace
+        self, process: Process, address: str, sockets: Sockets, directory: DirectoryCalls, gateways: int, trace: Trace
     ) -> None:
         self.process, self.address = process, address
-        self.backend = ClusterBackend(process.name, SECRET, sockets.channel)
+        self.backend = ClusterBackend(process.name, SECRET, gateways, sockets.channel)
         self.core = RequestCore([served_letters(self.backend)])
         self._server = SimulatedServer(sockets, process, address)
         self._server.add_generic_rpc_handlers((InferenceHandlers(self.core, "simulated").generic(),))
