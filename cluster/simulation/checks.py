@@ -15,10 +15,12 @@ class Reader:
         self.ask = ask
         self.num_events = 0
         self.is_finished = False
+        self.has_left = False
+        self.was_cut = False
         self.error: BaseException | None = None
         self.token_ids: list[list[int]] = [[] for _ in ask.answers]
         self._texts = ["" for _ in ask.answers]
-        self._reasons: list[FinishReason | None] = [None for _ in ask.answers]
+        self.reasons: list[FinishReason | None] = [None for _ in ask.answers]
         self._had_prompt = False
 
     def take(self, event: StreamEvent) -> None:
@@ -36,7 +38,7 @@ class Reader:
             self._check_prompt(event.prompt_logprobs)
         for delta in event.deltas:
             index, right = delta.index, ask.answers[delta.index]
-            assert self._reasons[index] is None, f"{ask.name}/{index}: more after its end"
+            assert self.reasons[index] is None, f"{ask.name}/{index}: more after its end"
             start = len(self.token_ids[index])
             self.token_ids[index] += delta.token_ids
             self._texts[index] += delta.text
@@ -49,10 +51,10 @@ class Reader:
                 told = right.logprobs[start : len(said)]
                 assert [_plain(p) for p in delta.logprobs] == list(told), f"{ask.name}/{index}: wrong logprobs"
             if delta.finish_reason is not None:
-                self._reasons[index] = delta.finish_reason
+                self.reasons[index] = delta.finish_reason
                 self._check_end(index, right, delta.finish_reason, delta.stop_string)
         if event.usage is not None:
-            assert all(self._reasons), f"{ask.name}: usage before every choice had ended"
+            assert all(self.reasons), f"{ask.name}: usage before every choice had ended"
             assert event.usage.output_tokens == sum(len(a.token_ids) for a in ask.answers), f"{ask.name}: wrong usage"
             assert self._had_prompt == (ask.sampling.prompt_logprobs is not None), f"{ask.name}: no prompt logprobs"
             self.is_finished = True

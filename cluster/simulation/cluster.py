@@ -17,11 +17,11 @@ from moestro.cluster.simulation.handles import Handle, Host
 from moestro.cluster.simulation.network import Network
 from moestro.cluster.simulation.rank import SimulatedRank
 from moestro.cluster.simulation.rpc import Sockets
-from moestro.cluster.simulation.scenario import Ask, Habit, Scenario
+from moestro.cluster.simulation.scenario import Ask, Scenario
 from moestro.cluster.simulation.trace import Trace
 from moestro.cluster.simulation.virtual_time import Process
 from moestro.cluster.simulation.worker import SimulatedWorker
-from moestro.protos.errors import Overloaded, SequenceFailed, Unavailable
+from moestro.protos.errors import Overloaded, Quarantined, SequenceFailed, Unavailable
 from moestro.router.parallel import GroupShape
 
 PATIENCE_S = 300.0  # by then every request must have ended
@@ -161,9 +161,11 @@ class SimulatedCluster:
     def check_ends(self) -> None:
         for client in self.clients:
             reader, ask = client.reader, client.reader.ask
+            assert not (ask.is_not_a_number and reader.is_finished), f"{ask.name} has an answer"
+            assert not (ask.is_poison and reader.is_finished), f"{ask.name} has an answer"
             if reader.error is not None:
                 assert is_allowed(reader.error, ask), f"{ask.name} failed: {reader.error!r}"
-            elif ask.habit not in (Habit.CANCELS, Habit.VANISHES):
+            elif not reader.has_left and client.process.is_alive:
                 assert reader.is_finished, f"{ask.name} never ended"
 
     async def _settle(self) -> None:
@@ -174,7 +176,7 @@ class SimulatedCluster:
             await asyncio.sleep(0.5)
         assert not left, f"left over: {left}"
         for group in self.groups:
-            assert group.supervisor is not None and group.supervisor.is_full, f"{group.name} is not whole again"
+            assert group.is_full, f"{group.name} is not whole again"
 
     def leftovers(self) -> list[str]:
         """What should be free when no request is open."""
@@ -183,7 +185,7 @@ class SimulatedCluster:
             if gateway.process.is_alive and gateway.core.num_open:
                 found.append(f"{gateway.process.name}: {gateway.core.num_open} requests")
         for group in self.groups:
-            if group.supervisor is None or not group.supervisor.is_full:
+            if not group.is_full:
                 found.append(f"group {group.number} is not at full strength")
         for rank in self.ranks:
             rank.worker.turns.scheduler.check_integrity()
@@ -200,6 +202,8 @@ class SimulatedCluster:
 
 def is_allowed(error: BaseException, ask: Ask) -> bool:
     """Whether a request may end so."""
-    if ask.is_not_a_number and isinstance(error, SequenceFailed):
-        return True
-    return isinstance(error, Unavailable | Overloaded)
+    if isinstance(error, Quarantined):
+        return ask.is_poison
+    if isinstance(error, SequenceFailed):
+        return ask.is_not_a_number
+    return isinstance(error, Overloaded) or (isinstance(error, Unavailable) and "times is the most" in str(error))

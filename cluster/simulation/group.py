@@ -57,6 +57,11 @@ class SimulatedGroup:
         return "" if self.supervisor is None else self.supervisor.entry.name
 
     @property
+    def is_full(self) -> bool:
+        """Whether every seat serves."""
+        return self.supervisor is not None and self.supervisor.is_full
+
+    @property
     def ranks(self) -> list[SimulatedRank]:
         """Those that live, by worker."""
         ranks = () if self.supervisor is None else self.supervisor.ranks.values()

@@ -150,6 +150,11 @@ class SimulatedChannel:
         for call in tuple(self._calls):
             call.cancel()
 
+    def cut(self) -> None:
+        """Its connection breaks."""
+        if self._connection is not None:
+            self._connection.cut()
+
     def connection(self) -> Connection | None:
         """The one there is, or a new one; None when nobody listens."""
         if self._connection is None or not self._connection.is_open:
@@ -284,6 +289,8 @@ class ClientCall:
                 self._pump.cancel()
             if self._timer is not None:
                 self._timer.cancel()
+            if self._connection is not None:
+                self._connection.calls.pop(self, None)
             self._wake.set()
             self.on_end()
 
@@ -295,8 +302,6 @@ class ClientCall:
     # The server's end.
 
     def stop_handler(self) -> None:
-        if self._connection is not None:
-            self._connection.calls.pop(self, None)
         if self._handler is not None:
             self._handler.cancel()
 
@@ -349,7 +354,6 @@ class ServerContext:
         self._read.set()
 
     def finish(self, code: Code, details: str = "", metadata: Metadata = ()) -> None:
-        self.connection.calls.pop(self.call, None)
         self.connection.down.send(lambda: self.call.end(code, details, tuple(metadata)))
 
 

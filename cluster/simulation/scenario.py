@@ -19,6 +19,7 @@ class Habit(Enum):
     CANCELS = "cancels"  # after some events
     VANISHES = "vanishes"  # its process is killed after some events
     SLOW = "slow"  # takes its time with every event
+    COMES_BACK = "comes back"  # its connection breaks after some events, and it resumes
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +162,9 @@ def _ask(rng: random.Random, number: int, scheduler: SchedulerConfig, span_s: fl
         diagnostics=Diagnostics(
             max_chunk=rng.choice((0, 0, 1, 3)), preempt_at=rng.choice((None, None, None, rng.randrange(20)))
         ),
-        habit=rng.choice((Habit.READS,) * 6 + (Habit.CANCELS, Habit.VANISHES, Habit.SLOW)),
+        habit=rng.choice(
+            (Habit.READS,) * 6 + (Habit.CANCELS, Habit.VANISHES, Habit.SLOW, Habit.COMES_BACK, Habit.COMES_BACK)
+        ),
         habit_at=rng.randint(0, 12),
         answers=(),
     )

@@ -111,6 +111,7 @@ class SimulatedWorker:
             self._tell(WorkerPhase.FAILED, reason=str(error))
         except Poisoned:
             self._observe(self, "poisoned", {})
+            await asyncio.Event().wait()  # for ever: the process is killed
 
     async def _serve(self, view: View, processes: dict[int, Process], experts: Experts) -> None:
         """One epoch, from its forming to its end."""
