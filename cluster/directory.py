@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import count
 
+from moestro.cluster.membership_records import RecoveryTotals
+
 EXPIRY_S = 10.0  # who has not reported for so long is gone
 FORGET_S = 60.0  # a group that is lost and not replaced is no longer shown
 SETTLE_S = 6.0  # groups report every half second and gateways every two, once they have found the new directory
@@ -41,17 +43,22 @@ class RankEntry:
 
 @dataclass(frozen=True, slots=True)
 class GroupEntry:
-    """One copy of the model on ``dp × tp`` ranks. A message from an older epoch is refused."""
+    """One copy of the model, with a seat for each of ``dp × tp`` ranks; it serves with those that serve. ``epoch`` is
+    the last in which all members have come to serve. A message from an older one is refused."""
 
     name: str
     dp: int
     tp: int
     epoch: int = 0
-    ranks: tuple[RankEntry, ...] = ()
+    ranks: tuple[RankEntry, ...] = ()  # by seat
+    forming: bool = False  # between two views: nothing is computed
+    activity: str = ""  # in words, when it is not simply serving at full strength
+    spare_ranks: int = 0  # how many more it could lose before the experts no longer fit the others
+    recovery: RecoveryTotals = field(default_factory=RecoveryTotals)
 
     @property
     def is_serving(self) -> bool:
-        return bool(self.ranks) and all(rank.state is RankState.SERVING for rank in self.ranks)
+        return any(rank.state is RankState.SERVING for rank in self.ranks)
 
     def rank_name(self, number: int) -> str:
         """What operators call a rank of this group."""
@@ -63,7 +70,7 @@ class GroupEntry:
 
     @property
     def is_lost(self) -> bool:
-        return any(rank.state is RankState.LOST for rank in self.ranks)
+        return all(rank.state is RankState.LOST for rank in self.ranks)
 
 
 @dataclass(frozen=True, slots=True)

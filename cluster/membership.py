@@ -111,9 +111,14 @@ class Membership:
         """The worker in a seat that has not been lost."""
         return next((worker for worker in self._live() if worker.seat == seat), None)
 
-    def pause_s(self, seat: int, now_s: float) -> float:
-        """How long until a new worker may be started there; 0 when at once."""
-        return max(0.0, self._sets[seat // self.config.shape.tp].not_before_s - now_s)
+    def history(self, seat: int) -> TensorParallelSet:
+        """What became of earlier workers there."""
+        return self._sets[seat // self.config.shape.tp]
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it takes nobody in any more."""
+        return self._draining or bool(self.given_up)
 
     def members(self) -> list[Tracked]:
         """Of the present view, those that are left."""
@@ -203,11 +208,11 @@ class Membership:
                 yield from self._give_up(f"{self._tries} views did not come about: {'; '.join(reasons[:1])}")
             elif all(worker.heard_s >= self._broke_s for worker in members) and now_s >= self._broke_s + pause_s:
                 yield self._form(now_s)
-        elif self.is_settled and self._ready() and not (self._draining or self.given_up):
+        elif self.is_settled and self._ready() and not self.is_leaving:
             yield self._form(now_s)
 
     def _form(self, now_s: float) -> Form:
-        takes_in = not (self._draining or self.given_up)
+        takes_in = not self.is_leaving
         inside = [*self.members(), *(self._ready() if takes_in else ())]
         members = sorted(Member(worker.seat, worker.number) for worker in inside)
         self.view = View(self._next_epoch, tuple(members), self.config.shape.tp)
@@ -228,7 +233,7 @@ class Membership:
         return worker.seat // self.config.shape.tp
 
     def _replace(self, now_s: float) -> Iterator[Intent]:
-        if not self.config.replace or self._draining or self.given_up:
+        if not self.config.replace or self.is_leaving:
             return
         taken = {self._set_of(worker) for worker in self._workers.values()}
         for number, each in enumerate(self._sets):

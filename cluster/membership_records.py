@@ -159,12 +159,18 @@ class TensorParallelSet:
 
     failures: int = 0  # in a row, of workers that did not come to serve
     not_before_s: float = -math.inf
+    fault: str = ""  # of the last that was lost
+
+    @property
+    def pause_s(self) -> float:
+        """From a loss to the next try."""
+        return min(FIRST_PAUSE_S * 2 ** (self.failures - 1), LONGEST_PAUSE_S) if self.failures else 0.0
 
     def lost(self, worker: Tracked, now_s: float) -> None:
         served = now_s - worker.serving_since_s >= PROBATION_S
         self.failures = 0 if served else self.failures + 1
-        pause_s = min(FIRST_PAUSE_S * 2 ** (self.failures - 1), LONGEST_PAUSE_S) if self.failures else 0.0
-        self.not_before_s = now_s + pause_s
+        self.not_before_s = now_s + self.pause_s
+        self.fault = worker.fault
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from moestro.cluster.backend import Capacity, unknown_rank
 from moestro.cluster.delta_streams import QueuedDeltas
-from moestro.cluster.directory import GroupEntry
+from moestro.cluster.directory import GroupEntry, RankState
 from moestro.cluster.ranks.capacity import joint
 from moestro.cluster.ranks.link import OpenChannel, RankLink, open_channel
 from moestro.protos.errors import Overloaded, Unavailable
@@ -19,11 +21,15 @@ log = logging.getLogger(__name__)
 RETRY_S = 0.5  # a lost rank is tried again so often while the directory still names it
 
 
-def least_loaded(open_sequences: Sequence[int], waiting: Sequence[int], turn: int) -> int:
+def least_loaded(
+    open_sequences: Sequence[int], waiting: Sequence[int], turn: int, slowness: Sequence[float] | None = None
+) -> int:
     """Index of the rank to take the next request: fewest sequences of ours open there plus its whole waiting line,
-    equal ones in turn, so that an idle cluster is used evenly."""
+    equal ones in turn, so that an idle cluster is used evenly. A rank that takes so many times longer for the same work
+    than others, ``slowness``, counts as that much fuller with the request than it is."""
     count = len(open_sequences)
-    return min(range(count), key=lambda i: (open_sequences[i] + waiting[i], (i - turn) % count))
+    times = slowness or [1.0] * count
+    return min(range(count), key=lambda i: ((open_sequences[i] + waiting[i] + 1) * times[i], (i - turn) % count))
 
 
 def places(groups: Iterable[GroupEntry]) -> dict[str, tuple[str, ...]]:
@@ -36,21 +42,47 @@ def places(groups: Iterable[GroupEntry]) -> dict[str, tuple[str, ...]]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a rank stands in the directory's picture."""
+
+    group: str
+    epoch: int
+    state: RankState
+    forming: bool
+
+    @property
+    def is_computing(self) -> bool:
+        """Whether its end may have been a request's doing."""
+        return self.state is RankState.SERVING and not self.forming
+
+
+def standings(groups: Iterable[GroupEntry]) -> dict[str, Standing]:
+    """Of every rank that gateways can talk to, by address."""
+    return {
+        rank.address: Standing(group.name, group.epoch, rank.state, group.forming)
+        for group in groups
+        for rank in group.ranks
+        if rank.address
+    }
+
+
 class ClusterBackend:
     """Implements ``Backend`` over rank links, for one of so many gateways. All methods on one asyncio loop."""
 
     def __init__(
-        self, gateway_id: str, secret: str, gateways: int = 1, open_channel: OpenChannel = open_channel
+        self, gateway_id: str, secret: str, open_channel: OpenChannel = open_channel, *, gateways: int = 1
     ) -> None:
         self._gateway_id = gateway_id
         self._secret = secret
         self._gateways = gateways
         self._open_channel = open_channel
-        self._wanted: dict[str, int] = {}  # address -> epoch
-        self._links: dict[str, RankLink] = {}
+        self._wanted: dict[str, Standing] = {}  # by address
+        self._links: dict[str, RankLink] = {}  # of ranks that may take requests
+        self._leaving: dict[str, RankLink] = {}  # of those that only finish what they have
         self._places: dict[str, tuple[str, ...]] = {}  # name of a group or rank -> addresses
         self._connecting: dict[str, asyncio.Task[None]] = {}
-        self._leaving: set[asyncio.Task[None]] = set()
+        self._closing: dict[asyncio.Task[None], None] = {}
         self._limits: EngineLimits | None = None
         self._attached = asyncio.Event()
         self._turn = 0
@@ -71,7 +103,12 @@ class ClusterBackend:
         if not links:
             raise Overloaded("memory runs short: nothing new is taken")
         self._turn += 1
-        index = least_loaded([x.num_open for x in links], [x.load.num_waiting for x in links], self._turn % len(links))
+        index = least_loaded(
+            [link.num_open for link in links],
+            [link.load.num_waiting for link in links],
+            self._turn % len(links),
+            [link.load.slowness for link in links],
+        )
         return links[index].start(sequences)
 
     def loads(self) -> dict[str, EngineLoad]:
@@ -83,23 +120,36 @@ class ClusterBackend:
         return self._links.get(address)
 
     def update(self, groups: Iterable[GroupEntry]) -> None:
-        """Takes a new picture of the cluster: attaches to ranks that are new. One that is gone gets no more requests;
-        those it has may end there, or be told when its connection breaks."""
+        """Takes a new picture of the cluster. Attaches to ranks that serve. One that drains, or whose group has left,
+        gets no more requests and may finish those it has; those of one that is lost go on elsewhere at once."""
         groups = tuple(groups)
         self._places = places(groups)
-        wanted = {r.address: g.epoch for g in groups if g.is_serving for r in g.ranks if r.address}
-        self._wanted = wanted
-        for address in [each for each in self._links if each not in wanted]:
-            link = self._links.pop(address)
-            log.info("rank at %s left", address)
-            self._leaving.add(task := asyncio.create_task(link.close_when_done()))
-            task.add_done_callback(self._leaving.discard)
+        present, named = standings(groups), {group.name for group in groups}
+        self._wanted = {address: each for address, each in present.items() if each.state is RankState.SERVING}
+        for address, link in [*self._links.items(), *self._leaving.items()]:
+            standing = present.get(address)
+            if link.group in named if standing is None else standing.state is RankState.LOST:
+                self._let_go(link, link.break_off("its group goes on without it"))
+                continue
+            link.is_computing = standing is not None and standing.is_computing
+            if address not in self._wanted and address not in self._leaving:
+                self._let_go(link, link.close_when_done())
+                self._leaving[address] = link
+        for address in [each for each in self._connecting if each not in self._wanted]:
+            self._connecting[address].cancel()
+        for address in self._wanted:
+            if address not in self._links and address not in self._connecting:
+                self._connecting[address] = asyncio.create_task(self._connect(address))
+
+    def _let_go(self, link: RankLink, farewell: Coroutine[Any, Any, None]) -> None:
+        """Nothing new goes there."""
+        log.info("rank at %s left", link.address)
+        self._links.pop(link.address, None)
+        self._leaving.pop(link.address, None)
         if not self._links:
             self._attached.clear()
-        for address in wanted:
-            if address in self._links or address in self._connecting:
-                continue
-            self._connecting[address] = asyncio.create_task(self._connect(address))
+        self._closing[task := asyncio.create_task(farewell)] = None
+        task.add_done_callback(lambda task: self._closing.pop(task, None))
 
     async def available(self) -> None:
         await self._attached.wait()
@@ -112,9 +162,9 @@ class ClusterBackend:
         self._wanted = {}
         for task in self._connecting.values():
             task.cancel()
-        for task in self._leaving:
+        for task in self._closing:
             task.cancel()
-        for link in list(self._links.values()):
+        for link in [*self._links.values(), *self._leaving.values()]:
             await link.close()
 
     def _links_of(self, place: str) -> list[RankLink]:
@@ -133,9 +183,11 @@ class ClusterBackend:
     async def _connect(self, address: str) -> None:
         try:
             while address in self._wanted:
+                standing = self._wanted[address]
                 link = RankLink(
-                    address, self._gateway_id, self._secret, self._wanted[address], self._on_lost, self._open_channel
+                    address, self._gateway_id, self._secret, standing.epoch, self._on_lost, self._open_channel
                 )
+                link.group = standing.group
                 try:
                     self._limits = await link.connect()
                 except Unavailable as error:
@@ -143,13 +195,19 @@ class ClusterBackend:
                     await link.close()
                     await asyncio.sleep(RETRY_S)
                     continue
+                except asyncio.CancelledError:
+                    await link.close()
+                    raise
                 self._links[address] = link
                 self._attached.set()
                 return
         finally:
-            self._connecting.pop(address, None)
+            if self._connecting.get(address) is asyncio.current_task():
+                del self._connecting[address]
 
     def _on_lost(self, link: RankLink) -> None:
+        if self._leaving.get(link.address) is link:
+            del self._leaving[link.address]
         if self._links.get(link.address) is link:
             del self._links[link.address]
             if not self._links:

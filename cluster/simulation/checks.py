@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from moestro.cluster.edge.events import PositionLogprobs, StreamEvent
+from moestro.cluster.edge.wire import FINISH_TO_PROTO
 from moestro.cluster.simulation.oracle import ROOT, Answer, logprobs, read
 from moestro.cluster.simulation.scenario import Ask
+from moestro.protos.gen import inference_pb2 as pb
 from moestro.protos.sequences import FinishReason, TokenLogprobs
 
 
@@ -58,6 +60,14 @@ class Reader:
             assert event.usage.output_tokens == sum(len(a.token_ids) for a in ask.answers), f"{ask.name}: wrong usage"
             assert self._had_prompt == (ask.sampling.prompt_logprobs is not None), f"{ask.name}: no prompt logprobs"
             self.is_finished = True
+
+    def arrived(self) -> list[pb.ResumedChoice]:
+        """What a client says of it when it resumes."""
+        return [
+            pb.ResumedChoice(index=index, token_ids=token_ids, finish_reason=FINISH_TO_PROTO[self.reasons[index]])
+            for index, token_ids in enumerate(self.token_ids)
+            if token_ids or self.reasons[index]
+        ]
 
     def _check_end(self, index: int, right: Answer, reason: FinishReason, stop_string: str | None) -> None:
         name = f"{self.ask.name}/{index}"

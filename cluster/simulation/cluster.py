@@ -52,7 +52,7 @@ class SimulatedCluster:
             Experts(scenario.num_experts, 2, scenario.redundant, scenario.most_slots, []),
         )
         self.groups = [
-            SimulatedGroup(number, plan, self.process, self.sockets, self.handle, self.rng, trace, self.observe)
+            SimulatedGroup(number, plan, self.process, self.sockets, self.handle, self.rng, self.observe)
             for number in range(scenario.groups)
         ]
         self.clients = [
@@ -99,6 +99,7 @@ class SimulatedCluster:
 
     async def _run(self) -> None:
         asyncio.get_running_loop().set_exception_handler(self._unhandled)
+        self.process("kernel").spawn(self.sockets.keep_alive())
         self.start_directory()
         for group in self.groups:
             group.start()

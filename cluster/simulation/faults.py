@@ -73,9 +73,7 @@ def _kill_gateway(cluster: SimulatedCluster, fault: Fault) -> None:
 
 def _kill_group(cluster: SimulatedCluster, fault: Fault) -> None:
     """Its supervisor, and with it all that it has started; Serve starts another."""
-    supervisor = cluster.groups[fault.target % len(cluster.groups)].supervisor
-    if supervisor is not None:
-        supervisor.process.kill()
+    cluster.groups[fault.target % len(cluster.groups)].process.kill()
 
 
 def _cut_clients(cluster: SimulatedCluster, fault: Fault) -> None:

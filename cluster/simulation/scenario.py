@@ -37,6 +37,7 @@ class Ask:
     diagnostics: Diagnostics
     habit: Habit
     habit_at: int  # events
+    is_by_hand: bool  # a client in another language, not the Python library
     answers: tuple[Answer, ...]
 
     @property
@@ -166,6 +167,7 @@ def _ask(rng: random.Random, number: int, scheduler: SchedulerConfig, span_s: fl
             (Habit.READS,) * 6 + (Habit.CANCELS, Habit.VANISHES, Habit.SLOW, Habit.COMES_BACK, Habit.COMES_BACK)
         ),
         habit_at=rng.randint(0, 12),
+        is_by_hand=rng.random() < 0.3,
         answers=(),
     )
     return _answered(replace(ask, stop_strings=_stop_strings(rng, ask, scheduler)), scheduler)

@@ -19,8 +19,6 @@ from moestro.router.view import View
 from moestro.workers.scheduler_config import SchedulerConfig
 from moestro.workers.worker_state import WorkerPhase, WorkerState
 
-WATCH_S = 0.25  # a worker that is asked says at least so often how it is
-
 
 @dataclass(frozen=True, slots=True)
 class WorkerCosts:
@@ -39,7 +37,7 @@ class SimulatedWorker:
 
     def __init__(
         self, process: Process, worker: int, fabric: Fabric, config: SchedulerConfig, rng: random.Random,
-        publish: Callable[[Output], None], observe: Observe,
+        publish: Callable[[Output], None], changed: Callable[[], None], observe: Observe,
     ) -> None:  # fmt: skip
         self.process, self.worker = process, worker
         self.turns = Turns(config, rng, publish)
@@ -48,9 +46,9 @@ class SimulatedWorker:
         self._fabric, self._rng, self._observe = fabric, rng, observe
         self._costs = WorkerCosts()
         self._told = WorkerState(WorkerPhase.LOADING)
-        self._changed = asyncio.Event()
+        self._changed = changed
         self._mesh: Mesh | None = None
-        self._wanted: tuple[View, dict[int, Process]] | None = None
+        self._wanted: View | None = None
         self._formed = asyncio.Event()
         self._running = asyncio.Event()
         self._running.set()
@@ -60,26 +58,15 @@ class SimulatedWorker:
         progress = 0 if self._mesh is None else self._mesh.progress
         return replace(self._told, turns=self.turns.num_turns, progress=progress, in_step_since_s=self.turns.since_s)
 
-    async def watch(self, told: WorkerPhase | None, epoch: int) -> WorkerState:
-        """Its state, when phase or epoch is another one than was told before, or after a while."""
-        try:
-            async with asyncio.timeout(WATCH_S):
-                while (self._told.phase, self._told.epoch) == (told, epoch):
-                    self._changed.clear()
-                    await self._changed.wait()
-        except TimeoutError:
-            pass
-        return self.state
-
     def submit(self, message: bytes) -> None:
         self.turns.inbox.append(message)
         if self._mesh is not None:
             self._mesh.wake()
 
-    def form(self, view: View, processes: dict[int, Process]) -> None:
+    def form(self, view: View) -> None:
         """Leave whatever it is in, and join a view. Returns at once."""
-        if self._wanted is None or view.epoch > self._wanted[0].epoch:
-            self._wanted = view, processes
+        if self._wanted is None or view.epoch > self._wanted.epoch:
+            self._wanted = view
             self._formed.set()
             if self._mesh is not None:
                 self._mesh.abort(f"epoch {view.epoch} is being formed")
@@ -98,25 +85,25 @@ class SimulatedWorker:
             await self._load(experts.to_hold)
             self._tell(WorkerPhase.READY)
             while True:
-                while self._wanted is None or self._wanted[0].epoch <= self._told.epoch:
+                while self._wanted is None or self._wanted.epoch <= self._told.epoch:
                     self._formed.clear()
                     await self._formed.wait()
                 await self._running.wait()
-                view, processes = self._wanted
+                view = self._wanted
                 if view.rank_of(self.worker) is None:
                     self._tell(WorkerPhase.BROKEN, view.epoch, f"epoch {view.epoch} goes on without this worker")
                 else:
-                    await self._serve(view, processes, experts)
+                    await self._serve(view, experts)
         except CheckpointError as error:
             self._tell(WorkerPhase.FAILED, reason=str(error))
         except Poisoned:
             self._observe(self, "poisoned", {})
             await asyncio.Event().wait()  # for ever: the process is killed
 
-    async def _serve(self, view: View, processes: dict[int, Process], experts: Experts) -> None:
+    async def _serve(self, view: View, experts: Experts) -> None:
         """One epoch, from its forming to its end."""
         mesh = self._mesh = self._fabric.port(view.epoch, self.worker)
-        mesh.join(view, processes)
+        mesh.join(view)
         self._tell(WorkerPhase.JOINING, view.epoch)
         self._observe(self, "view", {"view": view})
         peers = _peers(view, self.worker)
@@ -159,7 +146,7 @@ class SimulatedWorker:
 
     def _tell(self, phase: WorkerPhase, epoch: int | None = None, reason: str = "") -> None:
         self._told = WorkerState(phase, self._told.epoch if epoch is None else epoch, reason)
-        self._changed.set()
+        self._changed()
         self._observe(self, "state", {"phase": phase.value, "epoch": self._told.epoch, "reason": reason})
 
     async def _pause(self, seconds: float) -> None:
