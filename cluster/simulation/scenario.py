@@ -56,6 +56,9 @@ class FaultKind(Enum):
     STOP_RANK = "stop rank"
     SLOW_RANK = "slow rank"
     PART_RANK = "part rank"  # from a gateway
+    PART_RANKS = "part ranks"  # two from each other
+    PART_SUPERVISOR = "part supervisor"  # from one of its ranks
+    FAIL_LOAD = "fail load"  # of the next worker that is started in a group
     CUT_LINK = "cut link"  # between a gateway and a rank
     KILL_DIRECTORY = "kill directory"
     KILL_GATEWAY = "kill gateway"
