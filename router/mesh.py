@@ -69,6 +69,7 @@ class MeshTensorParallel:
     """TensorParallel over a process group."""
 
     collectives: Collectives
+    wait_s: float = 0.0  # a seat counts
 
     @property
     def rank(self) -> int:

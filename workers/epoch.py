@@ -104,7 +104,6 @@ def formed(meeting: Meeting, share: Share, account: Account, begin_anew: Callabl
             rank=meeting.rank,
             node_of_rank=node_of_rank,
             open_source=share.open_source,
-            tp=view.tp,
         )
         leaving.callback(experts.close)
         _await_all(meeting)
