@@ -34,6 +34,10 @@ EDGE = EdgeObserved(
     queue_counts=(10, 14, 15),
     queue_total_s=4.5,
     cut_off=1,
+    parked=5,
+    engine_losses=7,
+    resumed=3,
+    quarantined=2,
 )
 
 
@@ -95,6 +99,10 @@ def test_values_are_those_of_the_report() -> None:
     assert value(samples, "moestro_queue_seconds_count") == 15
     assert value(samples, "moestro_queue_seconds_sum") == 4.5
     assert value(samples, "moestro_cut_off_streams_total") == 1
+    assert value(samples, "moestro_parked_streams") == 5
+    assert value(samples, "moestro_lost_runs_total") == 7
+    assert value(samples, "moestro_resumed_streams_total") == 3
+    assert value(samples, "moestro_quarantined_requests_total") == 2
     assert value(samples, "moestro_expert_load", group="g0", layer=2, expert=1, kind="top") == max(layer.load)
     assert value(samples, "moestro_expert_load", group="g0", layer=2, expert=0, kind="bottom") == min(layer.load)
     assert value(samples, "moestro_layer_balancedness", group="g0", layer=2) == layer.balancedness
