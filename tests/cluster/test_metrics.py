@@ -83,7 +83,7 @@ def test_the_number_of_series_does_not_grow_with_experts() -> None:
     counts = {num: len(samples_of(exposed(observed(report_of(num, 4, 5))))) for num in (8, 64, 512)}
     assert len(set(counts.values())) == 1, counts
     num_layers, num_ranks = 5, 4
-    edge = 4 + len(EDGE.refused) + len(EDGE.queue_counts) + 2
+    edge = 8 + len(EDGE.refused) + len(EDGE.queue_counts) + 2
     status, group, per_rank, per_layer = 2, 2 * 7 + 2 + 5 + len(OUTCOMES), 4, 2 * EXTREMES + 2
     assert counts[8] <= status + edge + group + per_rank * num_ranks + per_layer * num_layers
 
