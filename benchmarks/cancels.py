@@ -135,7 +135,7 @@ async def leave(count: int, seed: int, model: ServedModel, report: Callable[[int
     )
     async with rank.serving() as group, paced_gateway(group, model, limits) as gateway:
         leavers = Leavers(gateway.address, random.Random(seed))
-        await leavers.burst(BURST)  # what is made once and kept
+        await leavers.burst(BURST // 2)  # what is made once and kept
         before = await _settled(rank, gateway)
         began_s, done = time.perf_counter(), 0
         while done < count:
@@ -165,7 +165,7 @@ async def _settled(rank: PacedRank, gateway: PacedGateway) -> Left:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(PATIENCE_S):
             still = 0
-            while still < 10:
+            while still < 5:
                 await asyncio.sleep(0.1)
                 gc.collect()
                 before, now = now, left(rank, gateway)
