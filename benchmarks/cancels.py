@@ -161,13 +161,13 @@ async def leave(count: int, seed: int, model: ServedModel, report: Callable[[int
 
 async def _settled(rank: PacedRank, gateway: PacedGateway) -> Left:
     """Once nothing changes any more, or time is up."""
+    gc.collect()
     now = left(rank, gateway)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(PATIENCE_S):
             still = 0
             while still < 5:
                 await asyncio.sleep(0.1)
-                gc.collect()
                 before, now = now, left(rank, gateway)
                 still = still + 1 if now == before and not now.open_requests and not now.kv_blocks else 0
     return now

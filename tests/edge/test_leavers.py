@@ -8,8 +8,8 @@ from benchmarks.cancels import leave
 from tests.edge.fakes import served
 
 
-def test_a_hundred_leave_nothing() -> None:
-    result = asyncio.run(leave(100, 1, served(), lambda done: None))
+def test_two_hundred_leave_nothing() -> None:
+    result = asyncio.run(leave(200, 1, served(), lambda done: None))
     assert result["leaked"] == {}, result
     assert result["after"]["kv_blocks"] == result["after"]["open_requests"] == result["after"]["queued"] == 0
     assert result["outcomes"]["to the end"] > 5
