@@ -343,7 +343,7 @@ def test_a_look_refuses_whom_an_offer_would() -> None:
 
 def test_what_requests_write_is_learned_from_those_with_an_allowance_of_that_size() -> None:
     estimate = OutputEstimate()
-    assert estimate.expected(4000) == 4000
+    assert (estimate.expected(4000), estimate.expected(400)) == (512, 400)
     for written in (100, 300):
         estimate.learn(4000, written)
     assert estimate.expected(4000) == pytest.approx(200, rel=0.01)
