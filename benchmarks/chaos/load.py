@@ -10,7 +10,7 @@ from typing import cast
 
 from benchmarks.chaos.judge import judge_answer, judge_beginning
 from benchmarks.chaos.records import Record, Verdict
-from benchmarks.chaos.requests import How, Turn, turns
+from benchmarks.chaos.requests import How, Mix, Turn, turns
 
 from moestro.cluster.client import AsyncClient
 from moestro.cluster.edge.events import Completion, StreamEvent, gather
@@ -49,11 +49,12 @@ class Load:
         pool: Sequence[Case],
         expected: Mapping[str, Completion],
         seed: int,
+        mix: Mix,
         timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._address, self._pool, self._expected, self._seed = address, pool, expected, seed
-        self._timeout_s, self._clock = timeout_s, clock
+        self._mix, self._timeout_s, self._clock = mix, timeout_s, clock
         self._stopping = asyncio.Event()
         self.records: list[Record] = []
 
@@ -67,7 +68,7 @@ class Load:
     async def _client(self, number: int) -> None:
         # A connection each, so that they spread over the gateways.
         async with AsyncClient(self._address, self._timeout_s) as client:
-            for turn in turns(self._pool, self._seed, number):
+            for turn in turns(self._pool, self._seed, number, self._mix):
                 if self._stopping.is_set():
                     return
                 record = await self._ask(client, turn, number)

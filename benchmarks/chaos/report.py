@@ -66,9 +66,18 @@ def _of_kind(strikes: Sequence[Strike]) -> dict[str, Any]:
         "detected_after_s": spread(lambda s: None if s.detected_s is None else s.detected_s - s.at_s),
         "whole_after_s": spread(lambda s: None if s.whole_s is None else s.whole_s - s.at_s),
         "straggler_named_after_s": spread(lambda s: None if s.named_s is None else s.named_s - s.at_s),
-        "longest_stall_s": spread(lambda s: s.stall_s),
-        "migrated_requests": sum(strike.migrated for strike in strikes),
+        "stall_of_streams_that_stayed": quantiles([each for strike in strikes for each in strike.stayed_s]),
+        "stall_of_streams_that_moved": quantiles([each for strike in strikes for each in strike.moved_s]),
     }
+
+
+def quantiles(seconds: Sequence[float]) -> dict[str, float | int]:
+    """Count, median, 99th percentile and maximum; the count alone when there are none."""
+    if not seconds:
+        return {"count": 0}
+    ordered = sorted(seconds)
+    p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
+    return {"count": len(ordered), "median": statistics.median(ordered), "p99": p99, "max": ordered[-1]}
 
 
 def table(told: dict[str, Any]) -> Table:
@@ -79,13 +88,14 @@ def table(told: dict[str, Any]) -> Table:
         f"{counts['different']} different, {counts['lost']} lost; {told['migrated_requests']} migrated"
     )
     shown = Table(title=title, title_justify="left")
-    for name in ("fault", "count", "detected after", "whole after", "longest stall", "migrated"):
+    for name in ("fault", "count", "told after", "whole after", "stall, stayed", "stall, moved"):
         shown.add_column(name, justify="left" if name == "fault" else "right")
     for kind, row in told["by_kind"].items():
-        cells = [_cell(row[name]) for name in ("detected_after_s", "whole_after_s", "longest_stall_s")]
-        shown.add_row(kind, str(row["count"]), *cells, str(row["migrated_requests"]))
+        times = [_cell(row[name], "max") for name in ("detected_after_s", "whole_after_s")]
+        stalls = [_cell(row[f"stall_of_streams_that_{name}"], "p99") for name in ("stayed", "moved")]
+        shown.add_row(kind, str(row["count"]), *times, *stalls)
     return shown
 
 
-def _cell(spread: dict[str, float]) -> str:
-    return f"{spread['median']:.2f} (max {spread['max']:.2f}) s" if spread["count"] else "not seen"
+def _cell(spread: dict[str, float], high: str) -> str:
+    return f"{spread['median']:.2f}, {high} {spread[high]:.2f} s" if spread["count"] else ""

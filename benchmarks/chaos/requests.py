@@ -11,10 +11,16 @@ from moestro.cluster.client_calls import Options
 from moestro.cluster.client_results import ModelInfo
 from moestro.cluster.verify.suite import TEXTS, Case
 
-SHORTEST_PROMPT, LONGEST_PROMPT = 4, 192  # tokens
-SHORTEST_OUTPUT, LONGEST_OUTPUT = 16, 160  # long enough for faults to come in the middle of answers
-CANCELLED = 0.1  # of the requests
-WHOLE = 0.1  # asked for without a stream
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """What requests there are: tokens of prompt and output, from and to, and shares of all requests."""
+
+    prompt: tuple[int, int] = (4, 192)
+    output: tuple[int, int] = (16, 160)  # long enough for faults to come in the middle of answers
+    cancelled: float = 0.1
+    whole: float = 0.1  # asked for without a stream
+    kinds: int = 10  # the first so many of those below
 
 
 class How(Enum):
@@ -48,38 +54,38 @@ _KINDS: tuple[tuple[str, Options], ...] = (
 )  # fmt: skip
 
 
-def build_pool(model: ModelInfo, texts: Sequence[Sequence[int]], count: int, seed: int) -> tuple[Case, ...]:
+def build_pool(model: ModelInfo, texts: Sequence[Sequence[int]], count: int, seed: int, mix: Mix) -> tuple[Case, ...]:
     """``count`` requests, ``texts`` being ``verify.suite.TEXTS`` as token ids. Every kind comes in its turn."""
     rng = random.Random(f"chaos requests {seed}")
     cases = []
     for number in range(count):
-        kind, options = _KINDS[number % len(_KINDS)]
+        kind, options = _KINDS[number % mix.kinds]
         prompt: tuple[int, ...] | str
         if kind == "chat" and model.has_chat_template:
             prompt = rng.choice(TEXTS)[: rng.randint(4, 80)]
         else:
-            length = rng.randint(SHORTEST_PROMPT, min(LONGEST_PROMPT, model.max_context // 4))
+            length = rng.randint(mix.prompt[0], min(mix.prompt[1], model.max_context // 4))
             stem = list(rng.choice(texts))[: rng.randint(1, length)]
             prompt = (*stem, *(rng.randrange(model.vocab_size) for _ in range(length - len(stem))))
-        longest = min(LONGEST_OUTPUT, model.max_context // 4)
+        longest = min(mix.output[1], model.max_context // 4)
         asked: Options = {
             **options,
             "seed": rng.getrandbits(64),
-            "max_tokens": rng.randint(min(SHORTEST_OUTPUT, longest), longest),
+            "max_tokens": rng.randint(min(mix.output[0], longest), longest),
         }
         cases.append(Case(f"{number} ({kind})", prompt, asked))
     return tuple(cases)
 
 
-def turns(pool: Sequence[Case], seed: int, client: int) -> Iterator[Turn]:
+def turns(pool: Sequence[Case], seed: int, client: int, mix: Mix) -> Iterator[Turn]:
     """What one client asks, without end."""
     rng = random.Random(f"chaos client {client} {seed}")
     while True:
         case, chance = rng.choice(pool), rng.random()
-        events = rng.randint(1, LONGEST_OUTPUT // 4)
-        if chance < CANCELLED:
+        events = rng.randint(1, mix.output[1] // 4)
+        if chance < mix.cancelled:
             yield Turn(case, How.CANCEL, events)
-        elif chance < CANCELLED + WHOLE and not isinstance(case.prompt, str):  # a chat is always streamed
+        elif chance < mix.cancelled + mix.whole and not isinstance(case.prompt, str):  # a chat is always streamed
             yield Turn(case, How.WHOLE)
         else:
             yield Turn(case)

@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from benchmarks.chaos.inject import inject
 from benchmarks.chaos.load import Load, fault_free
 from benchmarks.chaos.plan import Fault, Kind
 from benchmarks.chaos.records import Record
-from benchmarks.chaos.requests import build_pool
+from benchmarks.chaos.requests import Mix, build_pool
 from benchmarks.chaos.strikes import Seen, Strike, followed, seen
 from benchmarks.chaos.system import NotNow, NotPossible, System
 
@@ -37,6 +37,7 @@ class Settings:
     request_s: float = 120.0  # deadline of each request
     whole_s: float = 90.0  # the next fault comes then at the latest
     calm_s: float = 2.0  # load before the first fault, and after the last
+    mix: Mix = field(default_factory=Mix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +75,11 @@ class Experiment:
         async with AsyncClient(self._system.address, settings.request_s) as client:
             (model,) = await client.models()
             texts = [await client.tokenize(text) for text in TEXTS]
-            pool = build_pool(model, texts, settings.requests, settings.seed)
+            pool = build_pool(model, texts, settings.requests, settings.seed, settings.mix)
             self._tell(f"recording {len(pool)} answers")
             expected = await fault_free(client, pool)
         self._began_s = time.monotonic()
-        load = Load(self._system.address, pool, expected, settings.seed, settings.request_s, self.clock)
+        load = Load(self._system.address, pool, expected, settings.seed, settings.mix, settings.request_s, self.clock)
         looking = asyncio.create_task(self._look())
         asking = asyncio.create_task(load.run(settings.clients))
         try:

@@ -39,8 +39,8 @@ class Strike:
     detected_s: float | None = None  # the status told of it: a rank that no longer serves, or another epoch
     whole_s: float | None = None  # all ranks serve
     named_s: float | None = None  # a straggler was named
-    stall_s: float = 0.0  # the longest of any stream that was open
-    migrated: int = 0  # requests open at that moment that went on elsewhere
+    stayed_s: tuple[float, ...] = ()  # longest silence of each stream that was open and stayed with its rank
+    moved_s: tuple[float, ...] = ()  # the same of those that went on elsewhere
 
 
 def seen(at_s: float, status: ClusterStatus) -> Seen:
@@ -66,15 +66,15 @@ def followed(strikes: Sequence[Strike], history: Sequence[Seen], records: Sequen
                        each.serving == ranks)  # fmt: skip
         named = _first(after, lambda each: each.stragglers > 0)
         calm_s = min(ends_s, (whole or strike.undone_s) + NOT_SEEN_S)
-        hurt = [record for record in records if record.was_open(strike.at_s)]
+        hurt = [record for record in records if record.was_open(strike.at_s) and record.how != "whole"]
         done.append(
             replace(
                 strike,
                 detected_s=detected,
                 whole_s=whole,
                 named_s=named,
-                stall_s=max((record.stall_s(strike.at_s, calm_s) for record in hurt), default=0.0),
-                migrated=sum(record.migrations > 0 for record in hurt),
+                stayed_s=tuple(record.stall_s(strike.at_s, calm_s) for record in hurt if not record.migrations),
+                moved_s=tuple(record.stall_s(strike.at_s, calm_s) for record in hurt if record.migrations),
             )
         )
     return done

@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 from benchmarks.chaos.inject import choose
 from benchmarks.chaos.plan import LASTS_S, Fault, Kind, faults
-from benchmarks.chaos.requests import How, build_pool, turns
+from benchmarks.chaos.requests import How, Mix, build_pool, turns
 from benchmarks.chaos.system import NotNow, Role, Target
 
 from moestro.cluster.client_results import ModelInfo
@@ -20,10 +20,10 @@ def test_the_same_seed_is_the_same_run() -> None:
     kinds = list(Kind)
     assert list(islice(faults(3, kinds), 50)) == list(islice(faults(3, kinds), 50))
     assert list(islice(faults(3, kinds), 50)) != list(islice(faults(4, kinds), 50))
-    pool = build_pool(MODEL, TEXTS, 20, 3)
-    assert pool == build_pool(MODEL, TEXTS, 20, 3)
-    assert list(islice(turns(pool, 3, 0), 50)) == list(islice(turns(pool, 3, 0), 50))
-    assert list(islice(turns(pool, 3, 0), 50)) != list(islice(turns(pool, 3, 1), 50))
+    pool = build_pool(MODEL, TEXTS, 20, 3, Mix())
+    assert pool == build_pool(MODEL, TEXTS, 20, 3, Mix())
+    assert list(islice(turns(pool, 3, 0, Mix()), 50)) == list(islice(turns(pool, 3, 0, Mix()), 50))
+    assert list(islice(turns(pool, 3, 0, Mix()), 50)) != list(islice(turns(pool, 3, 1, Mix()), 50))
 
 
 def test_every_kind_comes_and_lasts_as_it_should() -> None:
@@ -40,13 +40,13 @@ def test_every_kind_comes_and_lasts_as_it_should() -> None:
 
 
 def test_requests_are_of_every_kind_and_fit_the_model() -> None:
-    pool = build_pool(MODEL, TEXTS, 40, 0)
+    pool = build_pool(MODEL, TEXTS, 40, 0, Mix())
     assert any(isinstance(case.prompt, str) for case in pool)
     for case in pool:
         if not isinstance(case.prompt, str):
             assert len(case.prompt) + case.options["max_tokens"] < MODEL.max_context
             assert all(0 <= token < MODEL.vocab_size for token in case.prompt)
-    assert {turn.how for turn in islice(turns(pool, 0, 0), 200)} == set(How)
+    assert {turn.how for turn in islice(turns(pool, 0, 0, Mix()), 200)} == set(How)
 
 
 def test_a_fault_hits_whom_its_draw_says_and_leaves_one() -> None:

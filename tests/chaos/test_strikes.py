@@ -31,9 +31,9 @@ def test_a_strike_is_followed_until_the_next() -> None:
     strikes = [Strike(0, "kill rank", "rank 1", 1.0, 1.0), Strike(1, "kill rank", "rank 2", 8.0, 8.0)]
     records = [record(0.5, 1.0, 2.5, 3.0, migrations=1), record(0.2, 0.4)]
     first, second = followed(strikes, HISTORY, records, 3)
-    assert (first.detected_s, first.whole_s, first.migrated) == (1.5, 4.0, 1)
-    assert first.stall_s == 1.5
-    assert (second.detected_s, second.whole_s, second.stall_s) == (9.0, None, 0.0)
+    assert (first.detected_s, first.whole_s) == (1.5, 4.0)
+    assert (first.moved_s, first.stayed_s) == ((1.5,), ())
+    assert (second.detected_s, second.whole_s, second.moved_s) == (9.0, None, ())
 
 
 def test_a_new_epoch_tells_even_if_all_serve_again() -> None:
