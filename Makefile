@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: serve test lint env buf clean
+.PHONY: serve test lint chaos soak env buf clean
 
 serve: env  ## a cluster on this machine, serving the bundled demo model over gRPC
 	$(BIN)/moestro serve $(ARGS)
@@ -16,6 +16,12 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+chaos: env  ## faults from a seed under load, every answer compared; ARGS="--seed 1 --minutes 5"
+	$(BIN)/python -m benchmarks.chaos $(ARGS)
+
+soak: env  ## an hour of load with faults: nothing may grow; ARGS="--minutes 30"
+	$(BIN)/python -m benchmarks.chaos.soak $(ARGS)
 
 buf:  ## lint the protos and look for changes that break clients of the last release (needs node)
 	bash protos/check.sh

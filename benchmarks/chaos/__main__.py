@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from benchmarks.chaos.plan import Kind, faults
 from benchmarks.chaos.plot import save_plot
+from benchmarks.chaos.processes import processes
 from benchmarks.chaos.report import figures, is_good, table
 from benchmarks.chaos.run import Experiment, Settings
 from benchmarks.chaos.served import Shape, served
@@ -29,6 +30,12 @@ def main(
     gateways: int = 2,
     clients: Annotated[int, typer.Option(min=1)] = 8,
     requests: Annotated[int, typer.Option(min=1, help="Different ones, each asked many times.")] = 40,
+    without_ray: Annotated[
+        bool, typer.Option("--without-ray", help="Plain processes: faults come much faster.")
+    ] = False,
+    hosts: Annotated[
+        bool, typer.Option("--hosts", help="The same, each seat on a host of its own. Needs root.")
+    ] = False,
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/chaos.json"),
 ) -> None:
     """Ends with 1 when a request was lost, an answer differed, or something was left over."""
@@ -40,7 +47,8 @@ def main(
     def tell(line: str) -> None:
         console.print(line, highlight=False)
 
-    with served(shape) as system:
+    started = processes(shape, hosts) if without_ray or hosts else served(shape)
+    with started as system:
         result = asyncio.run(Experiment(system, settings, faults(seed, chosen), tell).run())
     told = figures(result)
     console.print(table(told))
@@ -49,7 +57,13 @@ def main(
     output.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "hardware": hardware_record(),
-        "settings": {**asdict(settings), **asdict(shape), "kinds": [kind.value for kind in chosen]},
+        "settings": {
+            **asdict(settings),
+            **asdict(shape),
+            "kinds": [kind.value for kind in chosen],
+            "ray": not (without_ray or hosts),
+            "hosts": hosts,
+        },
         "results": told,
     }
     output.write_text(json.dumps(record, indent=2) + "\n")

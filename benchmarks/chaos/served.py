@@ -81,8 +81,9 @@ class Served:
 
 
 @contextmanager
-def served(shape: Shape, threads: int = 1, settings: str = "") -> Iterator[Served]:
-    """A cluster that is ready; nothing of it outlives the block. ``settings``: more TOML for its configuration."""
+def served(shape: Shape, threads: int = 1, settings: str = "", root: Path = ROOT) -> Iterator[Served]:
+    """A cluster that is ready; nothing of it outlives the block. ``settings``: more TOML for its
+    configuration; ``root``: the tree whose code it runs."""
     with tempfile.TemporaryDirectory(prefix="mo") as folder, ExitStack() as stack:
         home = Path(folder)
         disk = stack.enter_context(small_disk(home / "d"))
@@ -95,7 +96,8 @@ def served(shape: Shape, threads: int = 1, settings: str = "") -> Iterator[Serve
         log = stack.enter_context(open(home / "log", "w"))
         process = subprocess.Popen(
             [sys.executable, "-m", "moestro.cluster.cli.main", "serve", "--config", str(config)],
-            env=_environment(home, disk or home),
+            env=_environment(home, disk or home, root),
+            cwd=home,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -107,11 +109,10 @@ def served(shape: Shape, threads: int = 1, settings: str = "") -> Iterator[Serve
             _end(process)
 
 
-def _environment(home: Path, writes: Path) -> dict[str, str]:
+def _environment(home: Path, writes: Path, root: Path) -> dict[str, str]:
     """A user who has never run Ray; its sockets need a short path."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]))
-    return kept | {"HOME": str(home), "RAY_TMPDIR": str(writes), "PYTHONPATH": path, "COLUMNS": "200"}
+    return kept | {"HOME": str(home), "RAY_TMPDIR": str(writes), "PYTHONPATH": str(root / "src"), "COLUMNS": "200"}
 
 
 def _wait_ready(process: subprocess.Popen[bytes], log: Path) -> str:

@@ -1,6 +1,6 @@
 """``python -m benchmarks.chaos.soak``: load for a long time, a fault now and then, and nothing may grow.
 
-One rank and one gateway are spared, so that they live through every epoch: what an epoch leaves behind would show there.
+One rank and one gateway are spared, so that they live through every epoch: what an epoch leaves behind shows there.
 Judged is every process of ours that lived for ``JUDGED_S`` after its warm-up; Ray's own are only listed.
 """
 
