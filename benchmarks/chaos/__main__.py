@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from benchmarks.chaos.plain.cluster import plain
 from benchmarks.chaos.plan import Kind, faults
 from benchmarks.chaos.plot import save_plot
-from benchmarks.chaos.processes import processes
 from benchmarks.chaos.report import figures, is_good, table
 from benchmarks.chaos.run import Experiment, Settings
 from benchmarks.chaos.served import Shape, served
@@ -47,7 +47,7 @@ def main(
     def tell(line: str) -> None:
         console.print(line, highlight=False)
 
-    started = processes(shape, hosts) if without_ray or hosts else served(shape)
+    started = plain(shape, hosts) if without_ray or hosts else served(shape)
     with started as system:
         result = asyncio.run(Experiment(system, settings, faults(seed, chosen), tell).run())
     told = figures(result)

@@ -110,9 +110,16 @@ def served(shape: Shape, threads: int = 1, settings: str = "", root: Path = ROOT
 
 
 def _environment(home: Path, writes: Path, root: Path) -> dict[str, str]:
-    """A user who has never run Ray; its sockets need a short path."""
+    """A user who has never run Ray, whose sockets need a short path, but who has compiled kernels before."""
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return kept | {"HOME": str(home), "RAY_TMPDIR": str(writes), "PYTHONPATH": str(root / "src"), "COLUMNS": "200"}
+    return kept | {
+        "HOME": str(home),
+        "RAY_TMPDIR": str(writes),
+        "XDG_CACHE_HOME": cache,
+        "PYTHONPATH": str(root / "src"),
+        "COLUMNS": "200",
+    }
 
 
 def _wait_ready(process: subprocess.Popen[bytes], log: Path) -> str:

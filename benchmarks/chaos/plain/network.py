@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 PREFIX = "10.213.77"
 
@@ -25,6 +26,11 @@ class Host:
         """The command as it runs there. It dies with the process that starts it."""
         enter = ["ip", "netns", "exec", self.name]
         return [*enter, "unshare", "--pid", "--fork", "--kill-child", "--mount-proc", *command]
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it can be reached."""
+        return bool(int(Path(f"/sys/class/net/{self.name}/flags").read_text(), 16) & 1)
 
     @contextmanager
     def cut_off(self) -> Iterator[None]:
