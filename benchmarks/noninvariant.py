@@ -131,4 +131,4 @@ def _mlp(mlp: Any) -> Any:
         tuple(Expert(AnyRows(each.gate_up), AnyRows(each.down)) for each in bank.experts.expert_L)
     )
     gate = replace(mlp.gate, linear=AnyRows(mlp.gate.linear))
-    return replace(mlp, gate=gate, mixture=LocalMixture(ExpertBank(bank.prefix, experts, bank.layout)))
+    return replace(mlp, gate=gate, mixture=LocalMixture(ExpertBank(bank.prefix, experts, bank.held, bank.layout)))

@@ -19,7 +19,8 @@ class DeltaStream(Protocol):
     """The deltas of the sequences of one request, as they come, in order within each sequence."""
 
     async def next(self) -> list[SequenceDelta]:
-        """Waits for at least one delta and returns all there are. Raises Unavailable when the engine is lost.
+        """Waits for at least one delta and returns all there are. Raises EngineLost when the request can go on
+        elsewhere, Overloaded when the engine would not take it on, Unavailable when nobody will.
         After every sequence has had a delta with a finish_reason it must not be called again."""
 
     def cancel(self, sequence_id: str) -> None:
@@ -39,6 +40,9 @@ class Backend(Protocol):
     def start(self, sequences: Sequence[SequenceRequest]) -> DeltaStream:
         """Starts the sequences of one request together, on one rank; on that of their diagnostics when these name one.
         Raises Overloaded or Unavailable, or InvalidRequest for a rank that nobody knows, with nothing started."""
+
+    async def available(self) -> None:
+        """Returns when some engine can take sequences. Raises Unavailable when none ever will."""
 
 
 def unknown_rank(name: str, known: Sequence[str]) -> InvalidRequest:

@@ -213,8 +213,9 @@ class Config(Section):
     server: ServerConfig = ServerConfig()
 
 
-def load_config(file: Path | None, overrides: dict[str, dict[str, Any]]) -> Config:
-    """The configuration of ``file`` (defaults without one) with command-line ``overrides`` laid over it.
+def load_config(file: Path | None, overrides: dict[str, dict[str, Any]], base: Config | None = None) -> Config:
+    """The configuration of ``file`` with command-line ``overrides`` laid over it. What neither names is as in ``base``,
+    or the default.
 
     Raises ConfigError naming the file, and every wrong field with its bound and value.
     """
@@ -226,6 +227,8 @@ def load_config(file: Path | None, overrides: dict[str, dict[str, Any]]) -> Conf
             raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file}: not TOML: {error}") from None
+    if base is not None:
+        tree = _laid_over(base.model_dump(mode="json"), tree)
     for section, values in overrides.items():
         given = {key: value for key, value in values.items() if value is not None}
         if given and isinstance(tree.setdefault(section, {}), dict):
@@ -239,6 +242,15 @@ def load_config(file: Path | None, overrides: dict[str, dict[str, Any]]) -> Conf
         ]
         source = str(file) if file is not None else "command line"
         raise ConfigError(f"{source}: " + "; ".join(lines)) from None
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Sections key by key; whatever is no section is left for validation to judge."""
+    merged = dict(below)
+    for name, section in above.items():
+        known = below.get(name)
+        merged[name] = known | section if isinstance(known, dict) and isinstance(section, dict) else section
+    return merged
 
 
 def _shorten(value: object) -> str:

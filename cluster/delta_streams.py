@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from moestro.protos.errors import Overloaded
-from moestro.protos.sequences import SequenceDelta, SequenceRequest
+from moestro.protos.errors import EngineLost, Overloaded
+from moestro.protos.sequences import FinishReason, SequenceDelta, SequenceRequest
 
 
 class QueuedDeltas:
@@ -88,7 +88,10 @@ class DeltaStreams:
         return stream, renamed
 
     def deliver(self, delta: SequenceDelta) -> None:
-        """A delta of a sequence that was cancelled meanwhile is dropped."""
+        """A delta of a sequence that was cancelled meanwhile is dropped; one that the engine ended unasked is lost."""
+        if delta.finish_reason is FinishReason.CANCELLED:
+            self.lose(delta.sequence_id, "the engine ended it")
+            return
         take = self._streams.get if delta.finish_reason is None else self._pop
         entry = take(delta.sequence_id)
         if entry is not None:
@@ -101,9 +104,15 @@ class DeltaStreams:
         if entry is not None:
             entry[0].fail(Overloaded(reason))
 
+    def lose(self, engine_id: str, reason: str) -> None:
+        """The engine is well but has the sequence no more."""
+        entry = self._pop(engine_id)
+        if entry is not None:
+            entry[0].fail(EngineLost(f"a sequence was lost: {reason}", died=False))
+
     def fail(self, failure: Exception) -> None:
         """The engine is lost: every open stream ends with ``failure``."""
-        streams = {stream for stream, _ in self._streams.values()}
+        streams = dict.fromkeys(stream for stream, _ in self._streams.values())
         self._streams.clear()
         self._none_open.set()
         for stream in streams:

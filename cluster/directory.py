@@ -1,16 +1,23 @@
 """Who is alive: the groups of the cluster, their ranks and how far they are, and the gateways. Sans-IO; the Ray side
 wraps it. Times are seconds of one clock, given by the caller.
 
-Holds nothing that groups and gateways do not tell again every second or so, so losing it loses nothing.
+Holds nothing that groups and gateways do not tell again every second or so, so losing it loses nothing: a new one is
+*settled* when everybody has had the time to tell again. Until then a group that it does not name may only not have
+spoken yet, so nobody drops one (``Snapshot.over``) and none begins, whose name or epoch might be in use.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import count
 
+from moestro.cluster.membership_records import RecoveryTotals
+
 EXPIRY_S = 10.0  # who has not reported for so long is gone
+FORGET_S = 60.0  # a group that is lost and not replaced is no longer shown
+SETTLE_S = 6.0  # groups report every half second and gateways every two, once they have found the new directory
 
 
 class RankState(Enum):
@@ -36,17 +43,21 @@ class RankEntry:
 
 @dataclass(frozen=True, slots=True)
 class GroupEntry:
-    """One copy of the model on ``dp × tp`` ranks. A message from an older epoch is refused."""
+    """One copy of the model, with a seat for each of ``dp × tp`` ranks; it serves with those that serve. ``epoch`` is the
+    last in which all members have come to serve. A message from an older one is refused."""
 
     name: str
     dp: int
     tp: int
     epoch: int = 0
-    ranks: tuple[RankEntry, ...] = ()
+    ranks: tuple[RankEntry, ...] = ()  # by seat
+    activity: str = ""  # in words, when it is not simply serving at full strength
+    spare_ranks: int = 0  # how many more it could lose before the experts no longer fit the others
+    recovery: RecoveryTotals = RecoveryTotals()
 
     @property
     def is_serving(self) -> bool:
-        return bool(self.ranks) and all(rank.state is RankState.SERVING for rank in self.ranks)
+        return any(rank.state is RankState.SERVING for rank in self.ranks)
 
     def rank_name(self, number: int) -> str:
         """What operators call a rank of this group."""
@@ -58,7 +69,7 @@ class GroupEntry:
 
     @property
     def is_lost(self) -> bool:
-        return any(rank.state is RankState.LOST for rank in self.ranks)
+        return all(rank.state is RankState.LOST for rank in self.ranks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,23 +87,46 @@ class Snapshot:
     version: int
     groups: tuple[GroupEntry, ...]
     gateways: tuple[GatewayEntry, ...]
+    settled: bool = True
+
+    def over(self, known: Iterable[GroupEntry]) -> tuple[GroupEntry, ...]:
+        """The groups to go by for one who knew ``known``: all of those, too, while the directory is not settled."""
+        if self.settled:
+            return self.groups
+        groups = {group.name: group for group in known}
+        for group in self.groups:
+            if group.name not in groups or groups[group.name].epoch <= group.epoch:
+                groups[group.name] = group
+        return tuple(groups[name] for name in sorted(groups))
 
 
 @dataclass
 class Directory:
-    """A versioned table of groups and gateways. Every change that a gateway must know of raises ``version``."""
+    """A versioned table of groups and gateways. Every change that a gateway must know of raises ``version``.
 
+    ``expected``: the groups that ran when this directory came up, None when nobody could say. It settles when they all
+    have reported, and by the clock when one does not, or when any might be there."""
+
+    expected: frozenset[str] | None = frozenset()
+    born_s: float = 0.0
+    settled: bool = field(init=False)
     version: int = 0
     groups: dict[str, GroupEntry] = field(default_factory=dict)
     gateways: dict[str, GatewayEntry] = field(default_factory=dict)
     epochs: dict[str, int] = field(default_factory=dict)
     seen_s: dict[str, float] = field(default_factory=dict)  # last report, by name
 
+    def __post_init__(self) -> None:
+        self.settled = self.expected is not None and not self.expected
+
     def begin(self, dp: int, tp: int, now_s: float) -> GroupEntry:
         """A place for a new group: the lowest number that is free, or whose group is lost, at its next epoch.
 
-        Whatever an earlier holder of that name still says is refused from now on.
+        Whatever an earlier holder of that name still says is refused from now on. Raises RuntimeError when the
+        directory is not settled.
         """
+        if not self.settled:
+            raise RuntimeError("the directory does not know yet which groups there are")
         names = (f"group-{number}" for number in count())
         name = next(name for name in names if name not in self.groups or self.groups[name].is_lost)
         ranks = tuple(RankEntry(rank // tp, rank % tp) for rank in range(dp * tp))
@@ -110,7 +144,13 @@ class Directory:
         if self.groups.get(group.name) != group:
             self.groups[group.name] = group
             self.version += 1
+        self._settle(now_s)
         return True
+
+    def remember(self, epochs: Mapping[str, int]) -> None:
+        """Epochs that others have seen, of groups that may be gone: they are not used again."""
+        for name, epoch in epochs.items():
+            self.epochs[name] = max(epoch, self.epochs.get(name, 0))
 
     def remove(self, name: str, epoch: int) -> None:
         """Forgets a group, unless a newer epoch of it has come meanwhile."""
@@ -132,9 +172,12 @@ class Directory:
             self.version += 1
 
     def expire(self, now_s: float) -> None:
-        """Groups that no longer report are lost, gateways that do not are forgotten."""
+        """Groups that no longer report are lost and later forgotten, gateways that do not are forgotten."""
+        self._settle(now_s)
         for name, group in list(self.groups.items()):
-            if now_s - self.seen_s[name] > EXPIRY_S and not group.is_lost:
+            if group.is_lost and now_s - self.seen_s[name] > FORGET_S:
+                self.remove(name, group.epoch)
+            elif now_s - self.seen_s[name] > EXPIRY_S and not group.is_lost:
                 lost = tuple(replace(rank, state=RankState.LOST) for rank in group.ranks)
                 self.groups[name] = replace(group, ranks=lost)
                 self.version += 1
@@ -148,4 +191,11 @@ class Directory:
             self.version,
             tuple(self.groups[name] for name in sorted(self.groups)),
             tuple(self.gateways[name] for name in sorted(self.gateways)),
+            self.settled,
         )
+
+    def _settle(self, now_s: float) -> None:
+        heard = self.expected is not None and self.expected <= self.groups.keys()
+        if not self.settled and (heard or now_s - self.born_s > SETTLE_S):
+            self.settled = True
+            self.version += 1

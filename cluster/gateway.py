@@ -14,7 +14,7 @@ from moestro.cluster.config import Config
 from moestro.cluster.directory import GroupEntry
 from moestro.cluster.edge.core import RequestCore
 from moestro.cluster.edge.grpc_server import GrpcOptions, GrpcServer
-from moestro.cluster.edge.served import EdgeLimits, ServedModel
+from moestro.cluster.edge.served import EdgeLimits, RecoveryLimits, ServedModel
 from moestro.cluster.metrics.series import Observed
 from moestro.cluster.metrics.server import MetricsServer
 from moestro.cluster.operations import ClusterOperations
@@ -42,7 +42,8 @@ class Gateway:
             GrpcOptions(
                 host=bracketed(server.host),
                 port=server.port,
-                reuse_port=config.cluster.gateways > 1,
+                # While gateways are replaced there is one more of them on the port than there will be.
+                reuse_port=server.port != 0,
                 grace_s=server.drain_s,
             ),
         )
@@ -91,9 +92,9 @@ def advertised(host: str, port: int, here: str) -> str:
 
 
 def metrics_ports(config: Config) -> range:
-    """The ports that the gateways of one host share out among themselves."""
+    """The ports that the gateways of one host share out among themselves; one more while they are replaced."""
     first = config.server.metrics_port
-    return range(first, min(first + config.cluster.gateways, 2**16))
+    return range(first, min(first + config.cluster.gateways + 1, 2**16))
 
 
 def served_model(config: Config, backend: Backend) -> ServedModel:
@@ -110,6 +111,9 @@ def served_model(config: Config, backend: Backend) -> ServedModel:
 
 
 def edge_limits(config: Config) -> EdgeLimits:
+    recovery = config.recovery
     return EdgeLimits(
-        max_open_requests=config.server.max_open_requests, max_message_bytes=config.server.max_message_bytes
+        max_open_requests=config.server.max_open_requests,
+        max_message_bytes=config.server.max_message_bytes,
+        recovery=RecoveryLimits(recovery.migrations, recovery.patience_s, recovery.resume_s, recovery.max_parked),
     )

@@ -24,6 +24,7 @@ class LocalBackend:
         self._name = name
         self._events = asyncio.get_running_loop()
         self._streams = DeltaStreams("local", self._cancel)
+        self._ended = ""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -39,6 +40,11 @@ class LocalBackend:
         for sequence in renamed:
             self._rank.loop.submit(pb.AttachRequest(submit=wire.encode_request(sequence)).SerializeToString())
         return stream
+
+    async def available(self) -> None:
+        """There is one engine, and no other after it."""
+        if self._ended:
+            raise Unavailable(self._ended)
 
     async def close(self) -> None:
         """Ends the engine; open streams fail."""
@@ -56,7 +62,11 @@ class LocalBackend:
             reason = f"the engine failed: {type(error).__name__}"
             raise
         finally:
-            self._events.call_soon_threadsafe(self._streams.fail, Unavailable(reason))
+            self._events.call_soon_threadsafe(self._end, reason)
+
+    def _end(self, reason: str) -> None:
+        self._ended = reason
+        self._streams.fail(Unavailable(reason))
 
     def _post(self, output: StepOutput) -> None:
         self._events.call_soon_threadsafe(self._deliver, output)

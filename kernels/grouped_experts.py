@@ -44,6 +44,10 @@ class GroupedExperts(Protocol):
     def replace_(self, slot: int, staged: Any) -> None:
         """Puts a staged expert into a slot; what was there is gone."""
 
+    def with_slots(self, sources: Sequence[int | None]) -> GroupedExperts:
+        """As many slots as ``sources`` has: slot i holds what slot ``sources[i]`` of these holds, None leaves it empty.
+        These are not to be used any more: the memory may be the same."""
+
 
 @dataclass(frozen=True, slots=True)
 class Expert:
@@ -105,6 +109,9 @@ class LoopedExperts:
     def replace_(self, slot: int, staged: Expert) -> None:
         self.expert_L[slot] = staged
 
+    def with_slots(self, sources: Sequence[int | None]) -> LoopedExperts:
+        return LoopedExperts(self.shape, [None if source is None else self.expert_L[source] for source in sources])
+
 
 @dataclass(frozen=True, slots=True)
 class StackedExperts:
@@ -132,6 +139,18 @@ class StackedExperts:
     def replace_(self, slot: int, staged: tuple[Tensor, Tensor]) -> None:
         self.gate_up_L2ID[slot].copy_(staged[0])
         self.down_LDI[slot].copy_(staged[1])
+
+    def with_slots(self, sources: Sequence[int | None]) -> StackedExperts:
+        return StackedExperts(self.shape, take_slots(self.gate_up_L2ID, sources), take_slots(self.down_LDI, sources))
+
+
+def take_slots(weights_LX: Tensor, sources: Sequence[int | None]) -> Tensor:
+    """A copy with one slot for each source, zeros where it is None."""
+    taken_LX = weights_LX.new_zeros(len(sources), *weights_LX.shape[1:])
+    for slot, source in enumerate(sources):
+        if source is not None:
+            taken_LX[slot].copy_(weights_LX[source])
+    return taken_LX
 
 
 def sort_by_slot(x_TD: Tensor, slots_TK: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:

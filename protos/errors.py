@@ -9,6 +9,7 @@
     │   └── EngineLost        the engine that ran it is gone; can go on elsewhere
     ├── SequenceFailed        this one request failed inside the engine         INTERNAL
     │   └── Quarantined       it was there each time that a worker died         INTERNAL
+    ├── Superseded            the same stream was resumed by a later call       ABORTED
     ├── ConfigError           configuration file or option                      (at start)
     └── CheckpointError       a checkpoint that must not be served              (at start)
 
@@ -74,10 +75,11 @@ class EngineLost(Unavailable):
     """The engine that ran a request is gone, or has the request no more. The request can go on elsewhere.
 
     ``died``: the engine ended in a way that the request may have caused; not so when it was asked to go, or when only a
-    neighbour was lost."""
+    neighbour was lost. ``engine`` names it to operators."""
 
-    def __init__(self, message: str, *, died: bool, retry_after_s: float = 1.0) -> None:
+    def __init__(self, message: str, *, died: bool, engine: str = "", retry_after_s: float = 1.0) -> None:
         self.died = died
+        self.engine = engine
         super().__init__(message, retry_after_s)
 
 
@@ -93,9 +95,17 @@ class Quarantined(SequenceFailed):
         super().__init__(message)
 
 
+class Superseded(MoestroError):
+    """A later call has resumed this stream and goes on with it."""
+
+
 class ConfigError(MoestroError):
     """A configuration that cannot be used: names file, field, bound and value."""
 
 
 class CheckpointError(MoestroError):
     """A checkpoint that cannot be served: names file, tensor and reason."""
+
+
+class ExpertsDoNotFit(MoestroError):
+    """The ranks that are left cannot hold all experts of the model."""

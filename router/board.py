@@ -38,8 +38,8 @@ _DTYPES = (torch.bfloat16, torch.float32)
 
 class Board(Protocol):
     """The native module's. Every rank calls the same methods in the same order, from one thread at a time; up to four
-    operations may be under way. RuntimeError as for Collectives, ValueError (before anything is sent) for what does not
-    fit."""
+    operations may be under way. GroupBroken as for Collectives, ValueError (before anything is sent) for what does not
+    fit. ``close`` may be called from any thread, also while another waits in one of the others."""
 
     @property
     def rank(self) -> int: ...
@@ -49,6 +49,10 @@ class Board(Protocol):
 
     @property
     def part_bytes(self) -> int: ...
+
+    @property
+    def operations(self) -> int:
+        """How many were begun here. Any thread."""
 
     def post_tokens(self, x_TD: Tensor, slots_TK: Tensor, max_tokens: int) -> int:
         """Begins an operation and returns its number. ``max_tokens`` is the busiest rank's, which must fit."""
@@ -88,6 +92,10 @@ class BoardCollectives(Collectives):
         super().__init__(group.rank, group.size, group.backend)
         self._board = board
 
+    @property
+    def progress(self) -> int:
+        return super().progress + self._board.operations
+
     def _fits(self, x: Tensor) -> bool:
         return x.nbytes <= self._board.part_bytes
 
@@ -109,17 +117,24 @@ class BoardCollectives(Collectives):
 
 
 def form_board(
-    store: Store, rank: int, size: int, *, ranks_here: int, timeout_s: float, part_bytes: int = PART_BYTES
+    store: Store,
+    rank: int,
+    size: int,
+    *,
+    ranks_here: int,
+    timeout_s: float,
+    forming_s: float = 60.0,
+    part_bytes: int = PART_BYTES,
 ) -> Board | NoBoard:
     """A board for the ``size`` ranks that share ``store``, all of which call this. Blocks until they have, at most
-    ``timeout_s``, which bounds every later wait too. Where one of them cannot take part none gets a board.
+    ``forming_s``; ``timeout_s`` bounds every later wait. Where one of them cannot take part none gets a board.
 
     ``ranks_here`` is how many ranks compute on this host: with cores enough for all of them a waiting one looks for a
     while before it sleeps. Raises torch's DistError when a rank does not come.
     """
     mine = _offer(rank, size, part_bytes)
     try:
-        texts = _exchange(store, "offer", rank, size, json.dumps(asdict(mine)), timeout_s)
+        texts = _exchange(store, "offer", rank, size, json.dumps(asdict(mine)), forming_s)
         offers = [_Offer(**json.loads(text)) for text in texts]
         reason = _refusal(offers)
         if reason:
@@ -127,7 +142,7 @@ def form_board(
         spin_s = _SPIN_S if ranks_here * torch.get_num_threads() <= len(os.sched_getaffinity(0)) else 0.0
         board = _open(offers, rank, part_bytes, spin_s, timeout_s)
         problem = board.reason if isinstance(board, NoBoard) else ""
-        problems = _exchange(store, "opened", rank, size, problem, timeout_s)
+        problems = _exchange(store, "opened", rank, size, problem, forming_s)
         problem = next((f"rank {r}: {problem}" for r, problem in enumerate(problems) if problem), "")
         return NoBoard(problem) if problem else board
     finally:

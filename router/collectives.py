@@ -14,21 +14,33 @@ from torch import Tensor
 from moestro.router.transport import Arrival
 
 
-class Collectives:
-    """One process group. Every rank of it calls the same methods in the same order, from one thread at a time.
+class GroupBroken(RuntimeError):
+    """A group can do nothing more together: a peer is gone, late or left, or this rank was called away. Nobody's own
+    fault; a new group must be formed."""
 
-    Raises RuntimeError when a peer is gone, the group's timeout passes, or it was closed; it is then broken for good.
+
+class Collectives:
+    """One process group. Every rank of it calls the same methods in the same order, from one thread at a time;
+    ``close`` and ``progress`` may be called from any.
+
+    Raises GroupBroken when a peer is gone, the group's timeout passes, or it was closed; it is then broken for good.
     """
 
     def __init__(self, rank: int, size: int, backend: Any) -> None:
         # backend: ProcessGroupGloo or ProcessGroupNCCL, Any since their stubs differ between torch versions
         self.rank, self.size, self._backend = rank, size, backend
+        self._num_begun = 0
 
     @property
     def backend(self) -> Any:
         if self._backend is None:
-            raise RuntimeError("this process group is closed")
+            raise GroupBroken("this process group is closed")
         return self._backend
+
+    @property
+    def progress(self) -> int:
+        """How many operations this rank has come to."""
+        return self._num_begun
 
     def start_all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Arrival[Tensor]:
         """Rows ``x[sum(send[:p]) : ][: send[p]]`` go to rank p; what rank p sent arrives at the same place by
@@ -37,10 +49,15 @@ class Collectives:
         stream of its own, where the arrival makes the current stream wait and not the host."""
         bytes_in = x.contiguous().view(torch.uint8)
         bytes_out = torch.empty(sum(receive), bytes_in.shape[1], dtype=torch.uint8, device=x.device)
-        work = self.backend.alltoall_base(bytes_out, bytes_in, list(receive), list(send))
+        self._num_begun += 1
+        backend = self.backend
+        try:
+            work = backend.alltoall_base(bytes_out, bytes_in, list(receive), list(send))
+        except RuntimeError as error:
+            raise GroupBroken(str(error)) from error
 
         def arrived() -> Tensor:
-            work.wait()
+            _await(work)
             return bytes_out.view(x.dtype)
 
         return arrived
@@ -62,7 +79,13 @@ class Collectives:
 
     def broadcast_(self, x: Tensor, root: int) -> Tensor:
         """Overwrites ``x`` with the root's."""
-        self.backend.broadcast(x, root).wait()
+        self._num_begun += 1
+        backend = self.backend
+        try:
+            work = backend.broadcast(x, root)
+        except RuntimeError as error:
+            raise GroupBroken(str(error)) from error
+        _await(work)
         return x
 
     def sum(self, x: Tensor) -> Tensor:
@@ -74,7 +97,28 @@ class Collectives:
         return total.to(x.dtype)
 
     def close(self) -> None:
-        """Peers that wait for this rank, or will, see a lost connection. A second call does nothing."""
+        """Peers that wait for this rank, or will, see a lost connection. A call that waits ends: over NCCL at once, over
+        gloo when its peers leave or its time is up. A second call does nothing."""
         backend, self._backend = self._backend, None
         if backend is not None:
-            backend.shutdown()  # does nothing in gloo, whose connections close when its last reference is gone
+            backend.abort()  # does nothing in gloo, whose connections close when its last reference is gone
+
+
+class NoPeers(Collectives):
+    """A group of one: what is sent arrives."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1, None)
+
+    def start_all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Arrival[Tensor]:
+        return lambda: x
+
+    def broadcast_(self, x: Tensor, root: int) -> Tensor:
+        return x
+
+
+def _await(work: Any) -> None:
+    try:
+        work.wait()
+    except RuntimeError as error:
+        raise GroupBroken(str(error)) from error

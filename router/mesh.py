@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # where torch's own types for them are
 
 from moestro.router.board import Board, BoardCollectives, NoBoard, form_board
-from moestro.router.collectives import Collectives
+from moestro.router.collectives import Collectives, NoPeers
 from moestro.router.parallel import GroupShape, NoTensorParallel, TensorParallel
 
 DeviceKind = Literal["cpu", "cuda"]
@@ -98,12 +98,17 @@ class Mesh:
     tp_control: Collectives | None  # None in a tensor-parallel set of one
     board: Board | NoBoard
 
+    @property
+    def progress(self) -> int:
+        """How many collectives of the whole group this rank has come to. Any thread."""
+        return self.world.progress + self.control.progress
+
     def _collectives(self) -> list[Collectives]:
         tp = [self.tp.collectives] if isinstance(self.tp, MeshTensorParallel) else []
         return [self.world, self.control, *tp, *([self.tp_control] if self.tp_control else [])]
 
     def close(self) -> None:
-        """Leaves the group: from the thread that uses it, between collectives."""
+        """Leaves the group, from any thread: what it waits for ends with GroupBroken (see ``Collectives.close``)."""
         for collectives in self._collectives():
             collectives.close()
 
@@ -123,14 +128,15 @@ def join(
     device_index: int = 0,
     epoch: int = 0,
     timeout_s: float = 60.0,
+    forming_s: float = 60.0,
     hostname: str = "127.0.0.1",
     interface: str = "",
 ) -> Mesh:
-    """Forms the group of ``epoch`` with the other ranks. Blocks until all have come, at most ``timeout_s``.
+    """Forms the group of ``epoch`` with the other ranks. Blocks until all have come, at most ``forming_s``.
 
-    ``timeout_s`` also bounds every later collective. Gloo listens on ``interface`` if given, else where ``hostname``
-    (this machine as its peers call it) resolves to. Raises ValueError for a rank outside the shape and RuntimeError
-    when the group does not form in time.
+    ``timeout_s`` bounds every later collective. Gloo listens on ``interface`` if given, else where ``hostname`` (this
+    machine as its peers call it) resolves to. Raises ValueError for a rank outside the shape and RuntimeError when the
+    group does not form in time.
     """
     if not 0 <= rank < shape.world_size:
         raise ValueError(f"rank must be in [0, {shape.world_size}), got {rank}")
@@ -139,12 +145,15 @@ def join(
 
     def group(name: str, kind: DeviceKind, its_rank: int, size: int) -> tuple[Collectives, Board | NoBoard]:
         prefixed = PrefixStore(f"epoch/{epoch}/{name}", store)
-        timeout = timedelta(seconds=timeout_s)
         if kind == "cuda":
-            nccl = _nccl(prefixed, its_rank, size, timeout, device)
+            nccl = _nccl(prefixed, its_rank, size, timedelta(seconds=timeout_s), device)
             return Collectives(its_rank, size, nccl), NoBoard("the ranks compute on CUDA devices")
-        gloo = Collectives(its_rank, size, _gloo(prefixed, its_rank, size, timeout, hostname, interface))
-        board = form_board(prefixed, its_rank, size, ranks_here=shape.world_size, timeout_s=timeout_s)
+        backend = _gloo(prefixed, its_rank, size, timedelta(seconds=forming_s), hostname, interface)
+        backend._set_default_timeout(timedelta(seconds=timeout_s))
+        gloo = Collectives(its_rank, size, backend)
+        board = form_board(
+            prefixed, its_rank, size, ranks_here=shape.world_size, timeout_s=timeout_s, forming_s=forming_s
+        )
         return (gloo if isinstance(board, NoBoard) else BoardCollectives(board, gloo)), board
 
     tp: TensorParallel = NoTensorParallel()
@@ -157,6 +166,14 @@ def join(
     if isinstance(board, NoBoard):
         log.info("the ranks of this group share no memory: %s", board.reason)
     return Mesh(shape, rank, epoch, device, world, control, tp, tp_control, board)
+
+
+def alone(device: torch.device) -> Mesh:
+    """A group of one, which needs no store and opens no connection."""
+    nobody = NoPeers()
+    return Mesh(
+        GroupShape(), 0, 0, device, nobody, nobody, NoTensorParallel(), None, NoBoard("there is one rank alone")
+    )
 
 
 def _gloo(store: Store, rank: int, size: int, timeout: timedelta, hostname: str, interface: str) -> Any:

@@ -62,3 +62,30 @@ class NoTensorParallel:
 
     def gather(self, x: Tensor, dim: int = -1) -> Tensor:
         return x
+
+
+class TensorParallelSeat:
+    """A place in a tensor-parallel set that is there before the set's collectives, and outlives them: a model is loaded
+    for a seat, and takes part in one epoch after another through ``join``."""
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+        self._joined: TensorParallel | None = NoTensorParallel() if size == 1 else None
+
+    def join(self, tp: TensorParallel) -> None:
+        """From now on computes with the collectives of ``tp``. Raises ValueError if they are another seat's."""
+        if (tp.rank, tp.size) != (self.rank, self.size):
+            raise ValueError(f"seat {self.rank} of {self.size} cannot take rank {tp.rank} of {tp.size}")
+        self._joined = tp
+
+    def sum(self, x: Tensor) -> Tensor:
+        return self._collectives.sum(x)
+
+    def gather(self, x: Tensor, dim: int = -1) -> Tensor:
+        return self._collectives.gather(x, dim)
+
+    @property
+    def _collectives(self) -> TensorParallel:
+        if self._joined is None:
+            raise RuntimeError("this rank has not joined its tensor-parallel set yet")
+        return self._joined

@@ -47,6 +47,10 @@ class Engine:
         deltas = self.scheduler.apply(plan, result.sampled, clock(), result.prompt_logprobs)
         return _with_traces(deltas, result.traces) if result.traces else deltas
 
+    def abandon(self, plan: StepPlan) -> None:
+        """The step failed: nothing it computed is kept, and its sequences wait to be computed again."""
+        self.scheduler.abandon(plan)
+
     def run(self, plan: StepPlan, num_tokens_N: tuple[int, ...], clock: Clock) -> list[SequenceDelta]:
         """Launches and collects."""
         return self.collect(plan, self.launch(plan, num_tokens_N), clock)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ from moestro.protos.errors import CheckpointError
 from moestro.router.expert_parallel import ExpertParallel, all_here
 from moestro.router.parallel import NoTensorParallel, TensorParallel
 from moestro.workers.checkpoint import Checkpoint, open_checkpoint
-from moestro.workers.model.decoder import Decoder, build_decoder
+from moestro.workers.model.decoder import Decoder, build_decoder, build_share
 from moestro.workers.model.weights import WeightSource
 from moestro.workers.model_config import ModelConfig
 from moestro.workers.safetensors_header import TensorInfo
@@ -67,14 +67,32 @@ def load_model(
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint)
     config = checkpoint.config
-    tp = NoTensorParallel() if tp is None else tp
     experts = all_here(config.num_experts, config.num_moe_layers) if experts is None else experts
+    held = [placement.slots[experts.rank] for placement in experts.placements]
+    share = load_share(checkpoint, held, dtype=dtype, device=device, backend=backend, tp=tp, on_progress=on_progress)
+    return share.over(experts)
+
+
+def load_share(
+    checkpoint: Checkpoint,
+    held: Sequence[Sequence[int]],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    backend: Backend | None = None,
+    tp: TensorParallel | None = None,
+    on_progress: OnProgress | None = None,
+) -> Decoder:
+    """What ``load_model`` reads, for no group in particular: of the experts those ``held``, by mixture layer and slot.
+    ``Decoder.over`` or ``regroup`` make it a model that computes; ``tp`` may be a seat whose set is yet to form."""
+    config = checkpoint.config
+    tp = NoTensorParallel() if tp is None else tp
     dtype, device = dtype or config.dtype, torch.device(device)
     backend = backend or choose_backend(device, dtype).backend
-    need = measure(config, dtype, tp, experts)
+    need = measure(config, dtype, tp, held)
     with ExitStack() as stack:
         source = CheckpointSource(checkpoint, dtype, device, backend, stack, need, on_progress)
-        return build_decoder(config, source, tp, experts)
+        return build_share(config, source, tp, held)
 
 
 def random_model(
@@ -112,10 +130,11 @@ class Need:
         self.num_bytes += out.nbytes
 
 
-def measure(config: ModelConfig, dtype: torch.dtype, tp: TensorParallel, experts: ExpertParallel) -> Need:
-    """Tensors and bytes that one rank keeps. Raises ConfigError when ``tp`` does not fit the model."""
+def measure(config: ModelConfig, dtype: torch.dtype, tp: TensorParallel, held: Sequence[Sequence[int]]) -> Need:
+    """Tensors and bytes that one rank keeps which holds these experts, by mixture layer. Raises ConfigError when ``tp``
+    does not fit the model."""
     need = Need(dtype)
-    build_decoder(config, need, tp, experts)
+    build_share(config, need, tp, held)
     return need
 
 
@@ -202,12 +221,18 @@ class CheckpointSource:
         left = memoryview(buffer)
         file = self._open(info.file)
         while left:
-            num_read = os.preadv(file.fileno(), [left], offset)
+            try:
+                num_read = os.preadv(file.fileno(), [left], offset)
+            except OSError as error:
+                raise CheckpointError(f"{info.file.name}: cannot be read: {error.strerror}") from None
             if num_read == 0:
                 raise CheckpointError(f"{info.file.name}: the file is truncated, {len(left)} bytes are missing")
             left, offset = left[num_read:], offset + num_read
 
     def _open(self, path: Path) -> BinaryIO:
         if path not in self._files:
-            self._files[path] = self._stack.enter_context(path.open("rb"))
+            try:
+                self._files[path] = self._stack.enter_context(path.open("rb"))
+            except OSError as error:
+                raise CheckpointError(f"{path.name}: cannot be read: {error.strerror}") from None
         return self._files[path]

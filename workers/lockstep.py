@@ -16,6 +16,7 @@ to sleep and the wait is already there when the wait begins, so no wake-up is lo
 
 from __future__ import annotations
 
+import logging
 import struct
 import threading
 from collections.abc import Iterator
@@ -25,9 +26,12 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed import DistError
 
-from moestro.router.collectives import Collectives
+from moestro.router.collectives import Collectives, GroupBroken
 from moestro.router.mesh import Mesh, StoreAddress
+
+log = logging.getLogger(__name__)
 
 INLINE_BYTES = 4096
 """Size of the first broadcast to tensor-parallel peers; an inbox that does not fit takes a second one."""
@@ -35,10 +39,11 @@ INLINE_BYTES = 4096
 _HEAD = struct.Struct("<dQ")  # clock, bytes of all messages
 _LENGTH = struct.Struct("<I")
 _FOREVER = timedelta(days=365)
+_CLOSED = "this rank was called away"
 
 
-class LockstepBroken(RuntimeError):
-    """The ranks no longer agree on where they are. The group must be formed anew."""
+class LockstepBroken(GroupBroken):
+    """The ranks no longer agree on where they are."""
 
 
 class Note(NamedTuple):
@@ -73,7 +78,7 @@ class StepAgreement:
 
 
 class Lockstep(Protocol):
-    """``begin``, ``agree`` and ``sleep`` belong to the engine's thread; ``wake`` and ``stop`` to any."""
+    """``begin``, ``agree`` and ``sleep`` belong to the engine's thread; ``wake``, ``stop`` and ``close`` to any."""
 
     def begin(self, inbox: list[bytes], now: float) -> tuple[list[bytes], float]:
         """The leader's messages and clock reading (seconds), on every rank of its tensor-parallel set. What the other
@@ -91,7 +96,7 @@ class Lockstep(Protocol):
 
     def sleep(self) -> None:
         """Blocks, using no processor time, until some rank calls ``wake`` or ``stop``. Collective: only after an
-        agreement that was idle. Raises torch's DistError when the group's store is gone."""
+        agreement that was idle. Raises GroupBroken when this rank was closed or the group's store is gone."""
 
     def wake(self) -> None:
         """Ends the sleep of all ranks, or the next one if this rank is awake. To be called *after* the work has been
@@ -101,7 +106,7 @@ class Lockstep(Protocol):
         """Wakes all ranks; every agreement of theirs says stop from this rank's next one on."""
 
     def close(self) -> None:
-        """Gives up the connections. Not while another thread may call ``wake``."""
+        """Ends the sleep of this rank for good. Over a group all ranks wake, to find that this one has left."""
 
 
 class SoloLockstep:
@@ -109,7 +114,7 @@ class SoloLockstep:
 
     def __init__(self) -> None:
         self._step = 0
-        self._stopping = False
+        self._stopping = self._closed = False
         self._woken = threading.Event()
 
     def begin(self, inbox: list[bytes], now: float) -> tuple[list[bytes], float]:
@@ -128,6 +133,8 @@ class SoloLockstep:
 
     def sleep(self) -> None:
         self._woken.wait()
+        if self._closed:
+            raise GroupBroken(_CLOSED)
         self._woken.clear()
 
     def wake(self) -> None:
@@ -138,7 +145,8 @@ class SoloLockstep:
         self.wake()
 
     def close(self) -> None:
-        pass
+        self._closed = True
+        self.wake()
 
 
 class GroupLockstep:
@@ -153,10 +161,11 @@ class GroupLockstep:
         self._waker = address.connect(timeout_s, prefix)
         self._step = 0
         self._sleeps = 0  # sleeps ended, and so the number of the current or next one
-        self._lock = threading.Lock()  # guards the three below
+        self._lock = threading.Lock()  # guards the four below
         self._asleep = False
         self._woken = False  # somebody called wake since the last sleep ended
         self._stopping = False
+        self._closed = False
 
     def begin(self, inbox: list[bytes], now: float) -> tuple[list[bytes], float]:
         if self._tp_control is None:
@@ -192,13 +201,19 @@ class GroupLockstep:
         key = str(self._sleeps)
         with self._lock:
             self._asleep = True
-            if self._woken:
+            woken = self._woken
+        try:
+            if woken:
                 self._waiter.set(key, "")
-        self._waiter.wait([key], _FOREVER)
-        with self._lock:
-            self._asleep = False
-            self._woken = False
-            self._sleeps += 1
+            self._waiter.wait([key], _FOREVER)
+        except DistError as error:
+            raise GroupBroken(str(error)) from error
+        finally:
+            with self._lock:
+                self._asleep = self._woken = False
+                self._sleeps += 1
+        if self._closed:
+            raise GroupBroken(_CLOSED)
         # Every rank has left sleep n - 1, or it could not have agreed on this one; nobody will ask for its key again.
         if self._control.rank == 0 and self._sleeps > 1:
             self._waiter.delete_key(str(self._sleeps - 2))
@@ -206,7 +221,10 @@ class GroupLockstep:
     def wake(self) -> None:
         with self._lock:
             if self._asleep and not self._woken:
-                self._waker.set(str(self._sleeps), "")
+                try:
+                    self._waker.set(str(self._sleeps), "")
+                except DistError as error:  # whoever sleeps is told the same
+                    log.warning("the store of the group is gone: %s", error)
             self._woken = True
 
     def stop(self) -> None:
@@ -214,7 +232,8 @@ class GroupLockstep:
         self.wake()
 
     def close(self) -> None:
-        del self._waiter, self._waker
+        self._closed = True
+        self.wake()
 
 
 def make_lockstep(mesh: Mesh, address: StoreAddress, *, timeout_s: float = 60.0) -> Lockstep:

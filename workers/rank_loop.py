@@ -1,8 +1,11 @@
-"""The loop of one rank: commands in, steps in lockstep with the group, results out.
+"""The loop of one rank through one epoch: commands in, steps in lockstep with the group, results out.
 
 Every rank of a group runs this loop. Data-parallel ranks have work of their own and step along when they have none;
 tensor-parallel peers are replicas of their leader: they hear its commands and its clock and, being deterministic,
 do the same.
+
+A turn that breaks loses nothing: the messages it took go back to the inbox or are in the engine, its plan is abandoned,
+and what the step before had to say is published.
 """
 
 from __future__ import annotations
@@ -10,15 +13,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from moestro.protos import wire
-from moestro.protos.experts import ExpertsReport, PlacementRequest
 from moestro.protos.gen import rank_pb2 as pb
 from moestro.protos.sequences import EngineLoad, SequenceDelta
+from moestro.router.collectives import GroupBroken
 from moestro.workers.engine import Clock, Engine
-from moestro.workers.lockstep import Lockstep
+from moestro.workers.lockstep import Lockstep, StepAgreement
 from moestro.workers.rebalancing.group_experts import GroupExperts, NoExperts
+from moestro.workers.scheduler_sequence import StepPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,7 @@ class StepOutput:
     deltas: list[SequenceDelta]
     refusals: list[tuple[str, str]]  # sequence id and reason; never admitted
     load: EngineLoad
+    lost: list[tuple[str, str]] = field(default_factory=list)  # sequence id and reason; given up, to be replayed
 
 
 class Outbox:
@@ -39,7 +44,7 @@ class Outbox:
 
     def put(self, output: StepOutput) -> None:
         """Keeps what says something."""
-        if output.deltas or output.refusals:
+        if output.deltas or output.refusals or output.lost:
             self._outputs.append(output)
 
     def flush(self) -> None:
@@ -64,73 +69,104 @@ class Inbox:
             messages, self._messages = self._messages, []
         return messages
 
+    def put_back(self, messages: list[bytes]) -> None:
+        """Before all others."""
+        with self._lock:
+            self._messages[:0] = messages
+
+
+@dataclass(slots=True)
+class Account:
+    """What a worker has done over all its epochs. The engine's thread writes, any thread reads.
+
+    The first three are the whole history of a scheduler that hears only of turns: two that are replicas of each other
+    are in the same state when these agree."""
+
+    turns: int = 0  # plans made
+    applied: int = 0  # of them those that were computed, or skipped since nobody had anything to compute
+    messages: int = 0  # heard
+    turn_since_s: float | None = None  # when the turn that now runs began; None asleep
+
+    @property
+    def history(self) -> tuple[int, int, int]:
+        return self.turns, self.applied, self.messages
+
 
 class RankLoop:
-    """``submit`` and ``stop`` may be called from any thread; ``run`` owns the thread it is called on."""
+    """``run`` owns the thread it is called on."""
 
-    def __init__(self, engine: Engine, lockstep: Lockstep, experts: GroupExperts | NoExperts, clock: Clock) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        lockstep: Lockstep,
+        experts: GroupExperts | NoExperts,
+        inbox: Inbox,
+        outbox: Outbox,
+        account: Account,
+        clock: Clock = time.monotonic,
+    ) -> None:
         self._engine = engine
         self._lockstep = lockstep
         self._experts = experts
+        self._inbox = inbox
+        self._outbox = outbox
+        self._account = account
         self._clock = clock
-        self._inbox = Inbox()
 
-    def submit(self, message: bytes) -> None:
-        """Hands over one serialized AttachRequest (submit or cancel) and wakes the group if it sleeps."""
-        self._inbox.put(message)
-        self._lockstep.wake()
-
-    def stop(self) -> None:
-        """Asks the whole group to end at the head of its next step."""
-        self._lockstep.stop()
-
-    def experts(self) -> ExpertsReport:
-        """What the group knows of its experts. Thread safe."""
-        return self._experts.report()
-
-    def request_placement(self, request: PlacementRequest) -> None:
-        """Asks the whole group to move its experts. Thread safe; raises ValueError when it cannot be done."""
-        self._experts.request(request)
-
-    def close(self) -> None:
-        """Gives up the lockstep's connections, after ``run`` has returned and nobody submits any more."""
-        self._experts.close()
-        self._lockstep.close()
-
-    def run(self, publish: Callable[[StepOutput], None]) -> None:
-        """Steps until the group is asked to stop. ``publish`` is called on this thread and must not block; it hears
-        of a step while the next one is computed, or at once when there is none."""
-        outbox = Outbox(publish)
+    def run(self) -> None:
+        """Steps until the group is asked to stop. What a step says is published while the next one is computed, or at
+        once when there is none; publishing must not block. Raises GroupBroken when the group can do nothing more
+        together; the engine can go on in another."""
         try:
-            while self._turn(outbox):
+            while self._turn():
                 pass
         finally:
-            outbox.flush()
+            self._account.turn_since_s = None
+            self._outbox.flush()
 
-    def _turn(self, outbox: Outbox) -> bool:
+    def _turn(self) -> bool:
         """One round. False when the group stops."""
-        engine, lockstep = self._engine, self._lockstep
-        messages, now = lockstep.begin(self._inbox.take(), self._clock())
-        refusals = self._take_in(messages, now)
+        engine, account = self._engine, self._account
+        account.turn_since_s = now = self._clock()
+        messages, now = self._begin(now)
+        self._take_in(messages, now)
         plan = engine.plan(now)
-        agreement = lockstep.agree(plan.num_tokens, self._experts.note())
-        if agreement.stop:
-            return False
-        self._experts.turn(agreement)
+        account.turns += 1
+        try:
+            agreement = self._lockstep.agree(plan.num_tokens, self._experts.note())
+            if agreement.stop:
+                engine.abandon(plan)
+                return False
+            self._experts.turn(agreement)
+            deltas = engine.skip(plan, now) if agreement.idle else self._compute(plan, agreement)
+        except GroupBroken:
+            engine.abandon(plan)
+            raise
+        account.applied += 1
+        self._outbox.put(StepOutput(deltas, [], engine.load()))
         if agreement.idle:
-            outbox.put(StepOutput(engine.skip(plan, now), refusals, engine.load()))
-            outbox.flush()
-            lockstep.sleep()
-            return True
-        started_s = time.perf_counter()
-        launched = engine.launch(plan, agreement.tokens_per_rank)
-        outbox.flush()  # while the device computes
-        deltas = engine.collect(plan, launched, self._clock)
-        self._experts.stepped(time.perf_counter() - started_s, plan.num_tokens)
-        outbox.put(StepOutput(deltas, refusals, engine.load()))
+            account.turn_since_s = None
+            self._outbox.flush()
+            self._lockstep.sleep()
         return True
 
-    def _take_in(self, messages: list[bytes], now: float) -> list[tuple[str, str]]:
+    def _begin(self, now: float) -> tuple[list[bytes], float]:
+        mine = self._inbox.take()
+        try:
+            return self._lockstep.begin(mine, now)
+        except GroupBroken:
+            self._inbox.put_back(mine)
+            raise
+
+    def _compute(self, plan: StepPlan, agreement: StepAgreement) -> list[SequenceDelta]:
+        started_s = time.perf_counter()
+        launched = self._engine.launch(plan, agreement.tokens_per_rank)
+        self._outbox.flush()  # while the device computes
+        deltas = self._engine.collect(plan, launched, self._clock)
+        self._experts.stepped(time.perf_counter() - started_s, plan.num_tokens)
+        return deltas
+
+    def _take_in(self, messages: list[bytes], now: float) -> None:
         refusals = []
         for data in messages:
             message = pb.AttachRequest.FromString(data)
@@ -140,4 +176,6 @@ class RankLoop:
                 reason = self._engine.add(wire.decode_request(message.submit), now)
                 if reason is not None:
                     refusals.append((message.submit.sequence_id, reason))
-        return refusals
+        self._account.messages += len(messages)
+        if refusals:
+            self._outbox.put(StepOutput([], refusals, self._engine.load()))

@@ -114,6 +114,11 @@ class Scheduler:
         return True
 
     @property
+    def sequence_ids(self) -> tuple[str, ...]:
+        """Those whose last delta is still to come."""
+        return (*self._by_id, *(sequence.sequence_id for sequence in self._cancelled))
+
+    @property
     def has_work(self) -> bool:
         """Whether a step has something to compute or to say. A plan without spans is legal; apply it all the same."""
         return bool(self._running or self._waiting or self._cancelled)

@@ -2,7 +2,7 @@
 
 gRPC and HTTP servers and in-process callers give it the public messages and get typed events; what goes wrong is an
 exception of ``protos.errors``, or TimeoutError when the caller's deadline passes. However a stream ends, nothing of it
-keeps running in the backend.
+keeps running in the backend; what was sent of it is remembered for a while, for a caller that comes back for the rest.
 """
 
 from __future__ import annotations
@@ -10,83 +10,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import replace
-from types import TracebackType
 from typing import ParamSpec, TypeVar
 
-from moestro.cluster.backend import DeltaStream
+from moestro.cluster.edge.admitted import Admitted, settle
 from moestro.cluster.edge.events import Completion, StreamEvent, gather
-from moestro.cluster.edge.journal import Admitted, Journal
+from moestro.cluster.edge.history import Arrived
+from moestro.cluster.edge.incidents import Incidents
+from moestro.cluster.edge.journal import Journal
+from moestro.cluster.edge.parked import Parked
+from moestro.cluster.edge.request_stream import RequestStream
+from moestro.cluster.edge.run import Run
 from moestro.cluster.edge.served import EdgeLimits, ServedModel, TextModel
-from moestro.cluster.edge.validation import ValidRequest, fit, validate_chat, validate_generate, validate_token_ids
+from moestro.cluster.edge.suspects import Suspects
+from moestro.cluster.edge.validation import ValidRequest, validate_chat, validate_generate, validate_token_ids
 from moestro.protos.errors import FieldViolation, InvalidRequest, Overloaded, UnknownModel
 from moestro.protos.gen import inference_pb2 as pb
-from moestro.workers.sampling.seeds import derive_seed
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-class RequestStream:
-    """One open request. An async iterator of its events, and a context manager that closes it."""
-
-    def __init__(self, core: RequestCore, journal: Journal, deltas: DeltaStream, deadline_s: float | None) -> None:
-        self.journal = journal
-        self._core = core
-        self._deltas = deltas
-        self._deadline_s = deadline_s
-        self._closed = False
-
-    @property
-    def request_id(self) -> str:
-        return self.journal.admitted.request_id
-
-    async def next(self) -> StreamEvent | None:
-        """The next event, None after the last. Raises SequenceFailed, Unavailable, TimeoutError; closed then."""
-        try:
-            while not self.journal.finished and not self._closed:
-                if self._deadline_s is None:
-                    deltas = await self._deltas.next()
-                else:
-                    async with asyncio.timeout_at(self._deadline_s):
-                        deltas = await self._deltas.next()
-                event, cancel = self.journal.accept(deltas, time.monotonic())
-                for sequence_id in cancel:
-                    self._deltas.cancel(sequence_id)
-                if event is not None:
-                    if event.usage is not None:
-                        self.close()
-                    return event
-        except BaseException:
-            self.close()
-            raise
-        return None
-
-    def close(self) -> None:
-        """Cancels what still runs and gives the place back. Idempotent."""
-        if not self._closed:
-            self._closed = True
-            self._core.forget(self)
-            self._deltas.close()
-
-    def __aiter__(self) -> RequestStream:
-        return self
-
-    async def __anext__(self) -> StreamEvent:
-        event = await self.next()
-        if event is None:
-            raise StopAsyncIteration
-        return event
-
-    def __enter__(self) -> RequestStream:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class RequestCore:
@@ -97,13 +39,23 @@ class RequestCore:
             raise ValueError("an edge without a model")
         self.limits = limits or EdgeLimits()
         self.models = {model.name: model for model in models}
-        self._open: dict[str, RequestStream | None] = {}  # by request id; None while it is being admitted
+        self.incidents = Incidents(self.limits.recovery.max_incidents)
+        self._open: dict[str, RequestStream] = {}  # by request id
+        self._admitting: set[str] = set()
+        self._parked = Parked(self.limits.recovery.resume_s, self.limits.recovery.max_parked)
+        self._expiry: asyncio.TimerHandle | None = None
+        self._suspects = Suspects()
         self._num_text_calls = 0
 
     @property
     def num_open(self) -> int:
         """Requests admitted and not yet ended."""
-        return len(self._open)
+        return len(self._open) + len(self._admitting)
+
+    @property
+    def num_parked(self) -> int:
+        """Streams that are no more and can be resumed."""
+        return len(self._parked)
 
     def find(self, name: str) -> ServedModel:
         """The model of that name; the only one when the name is empty. Raises UnknownModel."""
@@ -114,8 +66,8 @@ class RequestCore:
         return self.models[name]
 
     async def open(self, request: pb.GenerateRequest | pb.ChatRequest, timeout_s: float | None = None) -> RequestStream:
-        """Admits a request. Raises InvalidRequest, UnknownModel, Overloaded, Unavailable or TimeoutError, with nothing
-        started then."""
+        """Admits a request, or takes up again one that was cut off. Raises InvalidRequest, UnknownModel, Overloaded,
+        Unavailable, Quarantined or TimeoutError, with nothing started then."""
         deadline_s = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
         if timeout_s is not None and timeout_s <= 0:
             raise TimeoutError("the deadline has passed")
@@ -125,14 +77,18 @@ class RequestCore:
             valid = validate_chat(request, *bounds)
         else:
             valid = validate_generate(request, *bounds)
-        started_s = time.monotonic()
+        started_s = _now()
         with self._admit(valid) as request_id:
             async with asyncio.timeout_at(deadline_s):
                 prompt_ids = await self._prompt_ids(model, valid)
-            admitted = _settle(valid, request_id, model, prompt_ids)
+            admitted = settle(valid, request_id, model, prompt_ids)
             journal = Journal(admitted, model.text, model.open_text, started_s)
-            stream = RequestStream(self, journal, model.backend.start(journal.sequences()), deadline_s)
-            self._open[request_id] = stream
+            if valid.resume is not None:
+                journal.resume(self._arrived(valid.resume, admitted))
+            run = Run(journal, model.backend, self.limits.recovery, self._suspects, self.incidents)
+            run.start()
+            stream = self._open[request_id] = RequestStream(journal, run, deadline_s, self._on_close)
+            self._parked.discard(request_id)
         return stream
 
     async def stream(
@@ -149,6 +105,8 @@ class RequestCore:
         """Admits and gathers the whole answer. Raises as ``open`` does."""
         if request.diagnostics.trace:
             raise InvalidRequest([FieldViolation("diagnostics.trace", "must be false: only a stream reports digests")])
+        if request.HasField("resume"):
+            raise InvalidRequest([FieldViolation("resume", "must be absent: only a stream can be resumed")])
         with await self.open(request, timeout_s) as stream:
             return gather([event async for event in stream])
 
@@ -167,30 +125,55 @@ class RequestCore:
         with self._text_call():
             return await self._off_loop(len(ids), model.text.decode, ids, request.skip_special_tokens)
 
-    def forget(self, stream: RequestStream) -> None:
-        """A stream has ended; called by the stream itself."""
-        self._open.pop(stream.request_id, None)
-
     def close(self) -> None:
         """Ends every open request."""
         for stream in list(self._open.values()):
-            if stream is not None:
-                stream.close()
+            stream.close()
 
     @contextlib.contextmanager
     def _admit(self, valid: ValidRequest) -> Iterator[str]:
         """Takes a place, given back when admission fails on the way."""
-        if len(self._open) >= self.limits.max_open_requests:
-            raise Overloaded(f"{len(self._open)} requests are open, the most this gateway takes")
+        if self.num_open >= self.limits.max_open_requests:
+            raise Overloaded(f"{self.num_open} requests are open, the most this gateway takes")
         request_id = valid.request_id or new_request_id()
-        if request_id in self._open:
+        if request_id in self._admitting or (request_id in self._open and valid.resume is None):
             raise InvalidRequest([FieldViolation("request_id", "is that of an open request")])
-        self._open[request_id] = None
+        self._admitting.add(request_id)
         try:
             yield request_id
-        except BaseException:
-            self._open.pop(request_id, None)
-            raise
+        finally:
+            self._admitting.discard(request_id)
+
+    def _arrived(self, claimed: Arrived, admitted: Admitted) -> Arrived:
+        """What the caller of a stream has of it. A stream that is still open is taken over. Raises InvalidRequest,
+        Quarantined."""
+        request_id = admitted.request_id
+        if (incident := self.incidents.of_request(request_id)) is not None:
+            raise incident.verdict()
+        open_stream = self._open.get(request_id)
+        history = self._parked.find(request_id, _now()) if open_stream is None else open_stream.journal.history()
+        if history is not None and history.digest != admitted.digest:
+            raise InvalidRequest([FieldViolation("resume", "the rest of the request is not as it was")])
+        if not claimed.choices and (history is not None or claimed.last_number is not None):
+            if history is None:
+                described = "must be set: of this request nothing is remembered here"
+                raise InvalidRequest([FieldViolation("resume.choices", described)])
+            claimed = history.arrived(claimed.last_number)
+        if open_stream is not None:
+            open_stream.supersede()
+        return claimed
+
+    def _on_close(self, stream: RequestStream) -> None:
+        del self._open[stream.request_id]
+        if not stream.has_failed and self.limits.recovery.max_parked:
+            self._parked.put(stream.request_id, stream.journal.history(), _now())
+            if self._expiry is None:
+                self._expire()
+
+    def _expire(self) -> None:
+        again_s = self._parked.expire(_now())
+        loop = asyncio.get_running_loop()
+        self._expiry = None if again_s is None else loop.call_at(again_s, self._expire)
 
     async def _prompt_ids(self, model: ServedModel, valid: ValidRequest) -> tuple[int, ...]:
         if isinstance(valid.prompt, tuple):
@@ -230,23 +213,5 @@ def new_request_id() -> str:
     return f"req-{secrets.token_hex(8)}"
 
 
-def _settle(valid: ValidRequest, request_id: str, model: ServedModel, prompt_ids: tuple[int, ...]) -> Admitted:
-    """Fits the request into the context and expands it into its choices."""
-    given_as = "text" if isinstance(valid.prompt, str) else "token_ids.ids"
-    field = "messages" if valid.prompt is None else given_as
-    sampling = fit(valid, len(prompt_ids), model.backend.limits, field)
-    seed = secrets.randbits(64) if valid.seed is None else valid.seed
-    return Admitted(
-        request_id=request_id,
-        model=model.name,
-        prompt_ids=prompt_ids,
-        sampling=tuple(
-            # The prompt is the same for every choice, so its logprobs are asked for once.
-            replace(sampling, seed=derive_seed(seed, i), prompt_logprobs=sampling.prompt_logprobs if i == 0 else None)
-            for i in range(valid.n)
-        ),
-        seed=seed,
-        stop_strings=valid.stop_strings,
-        priority=valid.priority,
-        diagnostics=valid.diagnostics,
-    )
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -35,6 +35,7 @@ class Usage:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     preemptions: int = 0
+    migrations: int = 0  # times that its engine was lost and it went on elsewhere
 
 
 @dataclass(frozen=True, slots=True)

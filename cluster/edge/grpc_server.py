@@ -15,9 +15,12 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from moestro.cluster.edge.core import RequestCore
 from moestro.cluster.edge.grpc_services import CLUSTER, INFERENCE, ClusterHandlers, ClusterSource, InferenceHandlers
+from moestro.cluster.edge.open_calls import OpenCalls
 from moestro.protos.errors import ConfigError
 
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
+HEARD_S = 0.3  # calls may be on their way while their connection is told to make no more
+FAREWELL_S = 0.5  # for last words to reach their clients
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,9 @@ class GrpcServer:
         self.options = options or GrpcOptions()
         self.port = 0  # known once started
         self._health = aio_health.HealthServicer()
+        self._open_calls = OpenCalls((INFERENCE, CLUSTER))
         self._server = grpc.aio.server(
+            interceptors=(self._open_calls,),
             options=_channel_options(self.options, core.limits.max_message_bytes),
             # A backstop far above the core's own bound, which answers with details.
             maximum_concurrent_rpcs=4 * core.limits.max_open_requests + 64,
@@ -69,10 +74,19 @@ class GrpcServer:
             await self._health.set(name, kind.SERVING if serving else kind.NOT_SERVING)
 
     async def stop(self, grace_s: float | None = None) -> None:
-        """Says NOT_SERVING, takes no new calls, lets open streams finish within the grace period, cancels the rest."""
+        """Says NOT_SERVING, closes the port and tells every connection to make new calls elsewhere (GOAWAY), lets open
+        calls finish within the grace period, and ends the rest with UNAVAILABLE and RetryInfo."""
+        grace_s = self.options.grace_s if grace_s is None else grace_s
         await self._health.enter_graceful_shutdown()
         await asyncio.sleep(0)  # health watchers hear it before the connections go
-        await self._server.stop(self.options.grace_s if grace_s is None else grace_s)
+        stopping = asyncio.create_task(self._server.stop(grace_s + 2 * FAREWELL_S))
+        heard_s = min(HEARD_S, grace_s)
+        await asyncio.sleep(heard_s)
+        if not await self._open_calls.drained(grace_s - heard_s):
+            self._open_calls.cut()
+            await self._open_calls.drained(FAREWELL_S)
+        await self._server.stop(FAREWELL_S)  # what is left only watches
+        await stopping
 
     async def wait(self) -> None:
         """Until stopped."""

@@ -1,22 +1,24 @@
 """The journal of one open request: what was asked, and what of the answer was accepted so far.
 
 Sans-IO: deltas in, an event and cancels out; time is an argument. It holds all that is needed to go on elsewhere when
-an engine is lost: ``sequences()`` of a journal with accepted tokens is the replay.
+an engine is lost: ``restart()`` of a journal with accepted tokens is the replay.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from moestro.cluster.edge.admitted import Admitted
 from moestro.cluster.edge.events import ChoiceDelta, PositionLogprobs, StreamEvent, TokenLogprob, Usage
+from moestro.cluster.edge.history import Arrived, History
+from moestro.cluster.edge.resuming import check_arrived
 from moestro.cluster.edge.served import OpenText, TextModel, TextStream
-from moestro.protos.errors import SequenceFailed, Unavailable
+from moestro.protos.errors import FieldViolation, InvalidRequest, SequenceFailed, Unavailable
 from moestro.protos.sequences import (
-    Diagnostics,
     FinishReason,
-    SamplingParams,
     SequenceDelta,
     SequenceLedger,
     SequenceRequest,
@@ -26,31 +28,20 @@ from moestro.protos.sequences import (
 _ENDED_BY_TOKEN = (FinishReason.EOS, FinishReason.STOP_TOKEN)
 
 
-@dataclass(frozen=True, slots=True)
-class Admitted:
-    """What a request asks of the engine, settled."""
-
-    request_id: str
-    model: str
-    prompt_ids: tuple[int, ...]
-    sampling: tuple[SamplingParams, ...]  # one per choice
-    seed: int  # of the request; each choice's own is derived from it
-    stop_strings: tuple[str, ...] = ()
-    priority: int = 0
-    diagnostics: Diagnostics = field(default_factory=Diagnostics)
-
-
 @dataclass(slots=True)
 class ChoiceRecord:
-    """One choice so far."""
+    """One choice so far. Times are of its run on the present engine, ``spent`` is what went to earlier ones."""
 
     sequence_id: str
     text: TextStream
     output_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    finish_number: int = 0  # of the event that said so
+    num_deaths: int = 0  # of engines while it ran, since its last token
     first_token_s: float | None = None
     last_token_s: float = 0.0
     ledger: SequenceLedger | None = None
+    spent: SequenceLedger = field(default_factory=SequenceLedger)
 
 
 class Acceptance(NamedTuple):
@@ -72,25 +63,84 @@ class Journal:
         self._token_text = model.token_text
         self._index = {choice.sequence_id: i for i, choice in enumerate(self.choices)}
         self._num_open = len(self.choices)
-        self._next_number = 0
-        self._started_s = now_s
+        self._marks = array("Q")  # see History
+        self._first_number = self._next_number = 0
+        self._started_s = now_s  # of the present run
+        self.num_migrations = 0
 
     @property
     def finished(self) -> bool:
         """Every choice has ended; the last event had the usage."""
         return self._num_open == 0
 
+    @property
+    def num_deaths(self) -> int:
+        """Engines that died while a choice ran, and it has had no token since."""
+        return max((choice.num_deaths for choice in self.choices if choice.finish_reason is None), default=0)
+
+    def resume(self, arrived: Arrived) -> None:
+        """Takes up a stream where its client was; to be called first. Raises InvalidRequest when that cannot be."""
+        check_arrived(arrived, self.admitted.sampling)
+        self._first_number = self._next_number = arrived.next_number
+        for index, (token_ids, reason) in sorted(arrived.choices.items()):
+            choice = self.choices[index]
+            choice.output_ids += token_ids
+            self._marks.extend((arrived.next_number - 1, index, len(token_ids)))
+            if reason is not None:
+                choice.finish_reason, choice.finish_number = reason, arrived.next_number - 1
+                choice.ledger = SequenceLedger()
+                self._num_open -= 1
+            elif any(choice.text.push((token,)).stop_string is not None for token in token_ids):
+                described = "holds a stop string, so its finish_reason must be set"
+                raise InvalidRequest([FieldViolation("resume.choices", f"choice {index} {described}")])
+
+    def history(self) -> History:
+        """What was sent so far."""
+        return History(
+            digest=self.admitted.digest,
+            token_ids=[array("I", choice.output_ids) for choice in self.choices],
+            endings=[None if c.finish_reason is None else (c.finish_reason, c.finish_number) for c in self.choices],
+            marks=self._marks,
+            first_number=self._first_number,
+            next_number=self._next_number,
+        )
+
+    def interrupt(self, now_s: float) -> None:
+        """The present run has ended and none of it will be told any more."""
+        for choice in self._open_choices():
+            choice.spent = _sum(choice.spent, self._seen_from_here(choice, now_s))
+            choice.first_token_s = None
+        self._started_s = now_s
+
+    def lose(self, died: bool, now_s: float) -> None:
+        """The engine is lost; ``died`` as of EngineLost."""
+        self.interrupt(now_s)
+        self.num_migrations += 1
+        for choice in self._open_choices():
+            choice.num_deaths += died
+
+    def restart(self, now_s: float) -> list[SequenceRequest]:
+        """The replay: ``sequences()`` for another engine, from now on."""
+        waited = SequenceLedger(queued_s=now_s - self._started_s)
+        for choice in self._open_choices():
+            choice.spent = _sum(choice.spent, waited)
+        self._started_s = now_s
+        return self.sequences()
+
     def sequences(self) -> list[SequenceRequest]:
         """What an engine must run from here: every choice that has not ended, with the tokens accepted so far."""
         admitted = self.admitted
+        moved = self.num_migrations or self._first_number  # then the rank that was asked for may be lost
+        diagnostics = replace(admitted.diagnostics, rank="") if moved else admitted.diagnostics
         return [
             SequenceRequest(
                 sequence_id=c.sequence_id,
                 prompt_ids=admitted.prompt_ids,
-                sampling=params,
+                # The prompt's come with the first token.
+                sampling=params if not c.output_ids else replace(params, prompt_logprobs=None),
                 output_ids=tuple(c.output_ids),
                 priority=admitted.priority,
-                diagnostics=admitted.diagnostics,
+                diagnostics=diagnostics,
             )
             for c, params in zip(self.choices, admitted.sampling, strict=True)
             if c.finish_reason is None
@@ -113,6 +163,7 @@ class Journal:
             if part.finish_reason is FinishReason.STOP_STRING and delta.finish_reason is None:
                 cancel.append(choice.sequence_id)
             parts[index] = part if index not in parts else _merge(parts[index], part)
+            self._marks.extend((self._next_number, index, len(choice.output_ids)))
         if not parts:
             return Acceptance(None, ())
         return Acceptance(self._event(tuple(parts.values()), prompt_logprobs), tuple(cancel))
@@ -135,12 +186,13 @@ class Journal:
                 choice.first_token_s = now_s
             choice.last_token_s = now_s
             choice.output_ids += token_ids
+            choice.num_deaths = 0
         if reason is not None:
             if stop_string is None:
                 text += choice.text.finish()
                 stop_string = choice.text.stop_string  # half a character, released, may have completed one
                 reason = reason if stop_string is None else FinishReason.STOP_STRING
-            choice.finish_reason, choice.ledger = reason, delta.ledger
+            choice.finish_reason, choice.finish_number, choice.ledger = reason, self._next_number, delta.ledger
             self._num_open -= 1
         logprobs = tuple(map(self._position, delta.logprobs[: len(token_ids)])) if delta.logprobs else ()
         return ChoiceDelta(index, text, token_ids, logprobs, reason, stop_string, delta.trace)
@@ -164,7 +216,7 @@ class Journal:
         )
 
     def _usage(self) -> Usage:
-        ledgers = [c.ledger or self._seen_from_here(c) for c in self.choices]
+        ledgers = [_sum(c.spent, c.ledger or self._seen_from_here(c, c.last_token_s)) for c in self.choices]
         return Usage(
             prompt_tokens=len(self.admitted.prompt_ids),
             output_tokens=sum(len(c.output_ids) for c in self.choices),
@@ -173,13 +225,17 @@ class Journal:
             prefill_s=max(ledger.prefill_s for ledger in ledgers),
             decode_s=max(ledger.decode_s for ledger in ledgers),
             preemptions=sum(ledger.num_preemptions for ledger in ledgers),
+            migrations=self.num_migrations,
         )
 
-    def _seen_from_here(self, choice: ChoiceRecord) -> SequenceLedger:
-        """A choice ended by a stop string has no ledger, since its engine saw a cancel: the edge's own times, which
-        cannot tell queue from prefill."""
-        first_s = choice.last_token_s if choice.first_token_s is None else choice.first_token_s
-        return SequenceLedger(prefill_s=first_s - self._started_s, decode_s=choice.last_token_s - first_s)
+    def _open_choices(self) -> list[ChoiceRecord]:
+        return [choice for choice in self.choices if choice.finish_reason is None]
+
+    def _seen_from_here(self, choice: ChoiceRecord, end_s: float) -> SequenceLedger:
+        """A choice ended by a stop string has no ledger, since its engine saw a cancel, nor has one whose engine was
+        lost: the edge's own times, which cannot tell queue from prefill."""
+        first_s = end_s if choice.first_token_s is None else choice.first_token_s
+        return SequenceLedger(prefill_s=first_s - self._started_s, decode_s=end_s - first_s)
 
     def _position(self, logprobs: TokenLogprobs | None) -> PositionLogprobs:
         if logprobs is None:
@@ -200,4 +256,16 @@ def _merge(first: ChoiceDelta, second: ChoiceDelta) -> ChoiceDelta:
         second.finish_reason,
         second.stop_string,
         first.trace + second.trace,
+    )
+
+
+def _sum(before: SequenceLedger, last: SequenceLedger) -> SequenceLedger:
+    """Of two runs of one sequence. What was found in the cache, the last one knows."""
+    return SequenceLedger(
+        queued_s=before.queued_s + last.queued_s,
+        prefill_s=before.prefill_s + last.prefill_s,
+        decode_s=before.decode_s + last.decode_s,
+        num_cached_tokens=last.num_cached_tokens,
+        num_preemptions=before.num_preemptions + last.num_preemptions,
+        num_steps=before.num_steps + last.num_steps,
     )

@@ -86,6 +86,17 @@ class ServedModel:
 
 
 @dataclass(frozen=True, slots=True)
+class RecoveryLimits:
+    """How far the edge goes to bring a request to its end; see ``[recovery]`` in the configuration."""
+
+    migrations: int = 3  # beyond it Unavailable
+    patience_s: float = 60.0  # for another engine, from the loss to the next token
+    resume_s: float = 60.0  # that what was sent of a stream is remembered after its end
+    max_parked: int = 1024  # streams so remembered
+    max_incidents: int = 256  # records of quarantined requests
+
+
+@dataclass(frozen=True, slots=True)
 class EdgeLimits:
     """Bounds of the edge itself; those of the engine come with its Backend."""
 
@@ -101,4 +112,5 @@ class EdgeLimits:
     max_chat_messages: int = 1024
     max_message_bytes: int = 4 << 20
     encode_in_thread_chars: int = 4096  # longer texts (or token lists) are converted off the event loop
+    recovery: RecoveryLimits = RecoveryLimits()
     max_text_calls: int = 64  # Tokenize and Detokenize calls at work; beyond it one is refused with Overloaded

@@ -18,7 +18,9 @@ from moestro.protos.errors import (
     InvalidRequest,
     MoestroError,
     Overloaded,
+    Quarantined,
     SequenceFailed,
+    Superseded,
     Unavailable,
     UnknownModel,
 )
@@ -36,7 +38,9 @@ _CODES: tuple[tuple[type[BaseException], grpc.StatusCode, str], ...] = (
     (UnknownModel, grpc.StatusCode.NOT_FOUND, "UNKNOWN_MODEL"),
     (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
     (Unavailable, grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE"),
+    (Quarantined, grpc.StatusCode.INTERNAL, "QUARANTINED"),
     (SequenceFailed, grpc.StatusCode.INTERNAL, "SEQUENCE_FAILED"),
+    (Superseded, grpc.StatusCode.ABORTED, "SUPERSEDED"),
     (TimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
 )
 _UNEXPECTED = (grpc.StatusCode.INTERNAL, "INTERNAL")
@@ -59,6 +63,8 @@ def status_of(error: BaseException, request_id: str) -> Status:
         details[0] = error_details_pb2.ErrorInfo(
             reason=reason, domain=DOMAIN, metadata={"model": error.name, "served": ",".join(error.served)}
         )
+    if isinstance(error, Quarantined):
+        details[0] = error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata={"incident": error.incident})
     if isinstance(error, InvalidRequest):
         details.append(_bad_request(error))
     if isinstance(error, Overloaded | Unavailable):
@@ -97,6 +103,10 @@ def error_of(code: grpc.StatusCode, message: str, details: bytes | None) -> Exce
             return Overloaded(message, retry_after_s)
         case grpc.StatusCode.UNAVAILABLE:
             return Unavailable(message, retry_after_s)
+        case grpc.StatusCode.INTERNAL if reason == "QUARANTINED":
+            return Quarantined(message, facts.get("incident", ""))
+        case grpc.StatusCode.ABORTED if reason == "SUPERSEDED":
+            return Superseded(message)
         case grpc.StatusCode.INTERNAL if reason == "SEQUENCE_FAILED":
             return SequenceFailed(message)
         case grpc.StatusCode.DEADLINE_EXCEEDED:

@@ -4,9 +4,10 @@ measure the edge."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
-from moestro.protos.errors import Overloaded, Unavailable
+from moestro.protos.errors import EngineLost, Overloaded, Unavailable
 from moestro.protos.gen import inference_pb2 as pb
 from moestro.protos.sequences import (
     EngineLimits,
@@ -24,16 +25,39 @@ def stub_token(sequence: SequenceRequest, position: int, vocab_size: int) -> int
     return (last + sequence.sampling.seed % 1009 + 7 * position + 1) % vocab_size
 
 
+class Fault(NamedTuple):
+    """What happens to one stream of a stub: its start is refused, or after some steps its engine is lost."""
+
+    after_steps: int
+    died: bool = True
+    refuses: bool = False
+
+
 class StubBackend:
     """One token per sequence and step. ``step_s`` is the time between steps; 0 lets every stream run as fast as it is
-    read. ``fail_at`` ends every sequence with an error at that position; ``lose()`` breaks every stream."""
+    read. ``fail_at`` ends every sequence with an error at that position; ``lose()`` breaks every stream for good.
 
-    def __init__(self, limits: EngineLimits, step_s: float = 0.0, fail_at: int | None = None) -> None:
+    ``faults`` are drawn from, one for each stream, as long as there are any: after so many steps its engine is lost.
+    ``poison`` says of a sequence and a position that computing it kills the engine with every stream there. The engine
+    is back at once."""
+
+    def __init__(
+        self,
+        limits: EngineLimits,
+        step_s: float = 0.0,
+        fail_at: int | None = None,
+        *,
+        faults: Iterable[Fault] = (),
+        poison: Callable[[SequenceRequest, int], bool] = lambda sequence, position: False,
+    ) -> None:
         self._limits = limits
         self._step_s = step_s
+        self._faults = iter(faults)
         self.fail_at = fail_at
+        self.poison = poison
         self.lost = False
-        self.streams: set[StubStream] = set()
+        self.num_deaths = 0
+        self.streams: dict[StubStream, None] = {}
         self.cancelled: list[str] = []
         self.num_started = 0  # sequences, ever
 
@@ -53,14 +77,27 @@ class StubBackend:
             raise Overloaded(f"{self._limits.max_waiting} sequences are open, the most this stub takes")
         if clash := self.open_sequences & {s.sequence_id for s in sequences}:
             raise AssertionError(f"sequence ids are open already: {sorted(clash)}")
-        stream = StubStream(self, sequences)
-        self.streams.add(stream)
+        fault = next(self._faults, None)
+        if fault is not None and fault.refuses:
+            raise Overloaded("the stub's waiting line is full", retry_after_s=0.01)
+        stream = StubStream(self, sequences, fault)
+        self.streams[stream] = None
         self.num_started += len(sequences)
         return stream
 
     def lose(self) -> None:
         """From now on every stream raises Unavailable."""
         self.lost = True
+
+    def kill(self) -> None:
+        """The engine dies with every stream it has, and another takes its place."""
+        self.num_deaths += 1
+        for stream in list(self.streams):
+            stream.kill(EngineLost("the stub was killed", died=True, engine=f"stub {self.num_deaths}"))
+
+    async def available(self) -> None:
+        if self.lost:
+            raise Unavailable("the stub is lost")
 
     async def wait_for_step(self) -> None:
         await asyncio.sleep(self._step_s)
@@ -69,19 +106,36 @@ class StubBackend:
 class StubStream:
     """The deltas of one request."""
 
-    def __init__(self, backend: StubBackend, sequences: Sequence[SequenceRequest]) -> None:
+    def __init__(self, backend: StubBackend, sequences: Sequence[SequenceRequest], fault: Fault | None = None) -> None:
         self._backend = backend
+        self._fault = fault
+        self._steps = 0
+        self._loss: EngineLost | None = None
         self._sequences = {s.sequence_id: s for s in sequences}
         self.positions = {s.sequence_id: len(s.output_ids) for s in sequences}
         self._num_started = dict(self.positions)
 
     async def next(self) -> list[SequenceDelta]:
-        assert self.positions, "next() after every sequence has ended"
+        assert self.positions or self._loss, "next() after every sequence has ended"
         await self._backend.wait_for_step()
         if self._backend.lost:
             self.close()
             raise Unavailable("the stub is lost")
-        return [self._step(sequence_id, position) for sequence_id, position in list(self.positions.items())]
+        at = list(self.positions.items())
+        if any(self._backend.poison(self._sequences[sequence_id], position) for sequence_id, position in at):
+            self._backend.kill()
+        if self._fault is not None and self._steps == self._fault.after_steps:
+            self.kill(EngineLost("the stub was told so", died=self._fault.died, engine="stub"))
+        if self._loss is not None:
+            raise self._loss
+        self._steps += 1
+        return [self._step(sequence_id, position) for sequence_id, position in at]
+
+    def kill(self, loss: EngineLost) -> None:
+        """What runs here is gone; no cancel of it is seen."""
+        self.positions.clear()
+        self._loss = loss
+        self._close_if_empty()
 
     def cancel(self, sequence_id: str) -> None:
         if self.positions.pop(sequence_id, None) is not None:
@@ -95,7 +149,7 @@ class StubStream:
 
     def _close_if_empty(self) -> None:
         if not self.positions:
-            self._backend.streams.discard(self)
+            self._backend.streams.pop(self, None)
 
     def _step(self, sequence_id: str, position: int) -> SequenceDelta:
         sequence = self._sequences[sequence_id]

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from moestro.cluster.edge.history import Arrived
+from moestro.cluster.edge.resuming import read_resume, resume_violations
 from moestro.cluster.edge.served import EdgeLimits, GenerationDefaults
 from moestro.protos.errors import ContextOverflow, FieldViolation, InvalidRequest
 from moestro.protos.gen import inference_pb2 as pb
@@ -34,6 +36,7 @@ class ValidRequest:
     priority: int
     request_id: str  # empty: to be made
     diagnostics: Diagnostics  # whether its rank exists, the backend knows
+    resume: Arrived | None  # what the caller has of it already
 
 
 def validate_generate(
@@ -120,6 +123,7 @@ def _validate(
         violations.append(FieldViolation("request_id", described))
     elif not _REQUEST_ID.fullmatch(request.request_id):
         violations.append(FieldViolation("request_id", "must be printable ASCII without spaces"))
+    violations += resume_violations(request, n, engine.vocab_size)
     diagnostics = request.diagnostics
     violations += _range("diagnostics.max_chunk", diagnostics.max_chunk, 0, engine.max_context)
     violations += _range("diagnostics.preempt_at", diagnostics.preempt_at, 0, engine.max_context)
@@ -141,6 +145,7 @@ def _validate(
             preempt_at=diagnostics.preempt_at if diagnostics.HasField("preempt_at") else None,
             trace=diagnostics.trace,
         ),
+        resume=read_resume(request.resume) if request.HasField("resume") else None,
     )
 
 

@@ -128,6 +128,7 @@ def _fill_usage(target: pb.Usage, usage: Usage) -> None:
     target.prefill_seconds = usage.prefill_s
     target.decode_seconds = usage.decode_s
     target.preemptions = usage.preemptions
+    target.migrations = usage.migrations
 
 
 def _decode_usage(message: pb.Usage) -> Usage:
@@ -139,6 +140,7 @@ def _decode_usage(message: pb.Usage) -> Usage:
         prefill_s=message.prefill_seconds,
         decode_s=message.decode_seconds,
         preemptions=message.preemptions,
+        migrations=message.migrations,
     )
 
 

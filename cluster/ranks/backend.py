@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from moestro.cluster.backend import unknown_rank
 from moestro.cluster.delta_streams import QueuedDeltas
 from moestro.cluster.directory import GroupEntry
-from moestro.cluster.ranks.link import RankLink
+from moestro.cluster.ranks.link import OpenChannel, RankLink, open_channel
 from moestro.protos.errors import Unavailable
 from moestro.protos.sequences import EngineLimits, EngineLoad, SequenceRequest
 
@@ -38,9 +38,10 @@ def places(groups: Iterable[GroupEntry]) -> dict[str, tuple[str, ...]]:
 class ClusterBackend:
     """Implements ``Backend`` over rank links. All methods on one asyncio loop."""
 
-    def __init__(self, gateway_id: str, secret: str) -> None:
+    def __init__(self, gateway_id: str, secret: str, open_channel: OpenChannel = open_channel) -> None:
         self._gateway_id = gateway_id
         self._secret = secret
+        self._open_channel = open_channel
         self._wanted: dict[str, int] = {}  # address -> epoch
         self._links: dict[str, RankLink] = {}
         self._places: dict[str, tuple[str, ...]] = {}  # name of a group or rank -> addresses
@@ -77,15 +78,20 @@ class ClusterBackend:
         self._places = places(groups)
         wanted = {r.address: g.epoch for g in groups if g.is_serving for r in g.ranks if r.address}
         self._wanted = wanted
-        for address in self._links.keys() - wanted.keys():
+        for address in [each for each in self._links if each not in wanted]:
             link = self._links.pop(address)
             log.info("rank at %s left", address)
             self._leaving.add(task := asyncio.create_task(link.close_when_done()))
             task.add_done_callback(self._leaving.discard)
         if not self._links:
             self._attached.clear()
-        for address in wanted.keys() - self._links.keys() - self._connecting.keys():
+        for address in wanted:
+            if address in self._links or address in self._connecting:
+                continue
             self._connecting[address] = asyncio.create_task(self._connect(address))
+
+    async def available(self) -> None:
+        await self._attached.wait()
 
     async def wait_attached(self) -> None:
         """Returns when at least one rank can take requests."""
@@ -116,7 +122,9 @@ class ClusterBackend:
     async def _connect(self, address: str) -> None:
         try:
             while address in self._wanted:
-                link = RankLink(address, self._gateway_id, self._secret, self._wanted[address], self._on_lost)
+                link = RankLink(
+                    address, self._gateway_id, self._secret, self._wanted[address], self._on_lost, self._open_channel
+                )
                 try:
                     self._limits = await link.connect()
                 except Unavailable as error:

@@ -13,7 +13,7 @@ from moestro.cluster.delta_streams import DeltaStreams, QueuedDeltas
 from moestro.cluster.edge.statuses import DETAILS_KEY, error_of
 from moestro.cluster.ranks.server import CHANNEL_OPTIONS, SECRET_KEY
 from moestro.protos import wire
-from moestro.protos.errors import Unavailable
+from moestro.protos.errors import EngineLost, Unavailable
 from moestro.protos.gen import inference_pb2 as public
 from moestro.protos.gen import rank_pb2 as pb
 from moestro.protos.gen import rank_pb2_grpc
@@ -23,20 +23,35 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+OpenChannel = Callable[[str], Any]  # from an address to what is used of a grpc.aio.Channel
+
 ASK_S = 5.0  # a rank answers from what it knows; one that takes so long must not make a scrape of metrics fail
+
+
+def open_channel(address: str) -> grpc.aio.Channel:
+    """A channel to a rank."""
+    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
 
 
 class RankLink:
     """One attached stream. ``on_lost`` is called once, on the loop, when the rank cannot be reached any more."""
 
-    def __init__(self, address: str, gateway_id: str, secret: str, epoch: int, on_lost: Callable[[RankLink], None]):
+    def __init__(
+        self,
+        address: str,
+        gateway_id: str,
+        secret: str,
+        epoch: int,
+        on_lost: Callable[[RankLink], None],
+        open_channel: OpenChannel = open_channel,
+    ) -> None:
         self.address = address
         self.load = EngineLoad()
         self.limits: EngineLimits | None = None
         self._hello = pb.AttachRequest(hello=pb.Hello(gateway_id=gateway_id, epoch=epoch))
         self._metadata = ((SECRET_KEY, secret),)
         self._on_lost = on_lost
-        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._channel = open_channel(address)
         self._outgoing: asyncio.Queue[pb.AttachRequest] = asyncio.Queue()
         self._streams = DeltaStreams(gateway_id, self._cancel)
         self._reader: asyncio.Task[None] | None = None
@@ -113,7 +128,7 @@ class RankLink:
             log.exception("rank at %s sent something unreadable", self.address)
             reason = "sent something unreadable"
         finally:
-            self._streams.fail(Unavailable(f"a rank was lost: {reason}"))
+            self._streams.fail(EngineLost(f"a rank was lost: {reason}", died=True, engine=self.address))
             self._on_lost(self)
 
     def _take(self, step: pb.Step) -> None:
@@ -122,6 +137,8 @@ class RankLink:
         for message in step.deltas:
             if message.refused:
                 self._streams.refuse(message.sequence_id, message.error)
+            elif message.lost:
+                self._streams.lose(message.sequence_id, message.error)
             else:
                 self._streams.deliver(wire.decode_delta(message))
 

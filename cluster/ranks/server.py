@@ -36,9 +36,14 @@ MAX_MESSAGE_BYTES = 64 * 2**20  # a prompt of a million tokens is about 4 MB; lo
 MAX_UNSENT_DELTAS = 2**18  # a gateway that lags so far behind is cut off, or its deltas would fill our memory
 
 
+ALIVE_S = 4.0  # a machine that is gone closes no connection: each end asks the other so often, and waits so long
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", int(ALIVE_S * 1000)),
+    ("grpc.keepalive_timeout_ms", int(ALIVE_S * 1000)),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", int(ALIVE_S * 500)),
 )
 
 
@@ -48,7 +53,7 @@ class _Outbox:
 
     message: pb.AttachResponse = field(default_factory=pb.AttachResponse)  # filled in place: nothing is copied
     ready: asyncio.Event = field(default_factory=asyncio.Event)
-    sequences: set[str] = field(default_factory=set)
+    sequences: dict[str, None] = field(default_factory=dict)
 
     def add(self) -> pb.Delta:
         return self.message.step.deltas.add()
@@ -57,7 +62,10 @@ class _Outbox:
 class RankServer(rank_pb2_grpc.RankServiceServicer):
     """``submit`` takes one serialized AttachRequest for the engine and must not block. ``experts`` says what the rank's
     group knows of its experts, ``request_placement`` asks the group to move them and raises InvalidRequest when it
-    cannot. All three must be thread safe."""
+    cannot. All three must be thread safe.
+
+    ``epoch`` follows the views that the rank serves in; gateways stay attached meanwhile. One that knows of a newer
+    epoch proves that the group serves without this rank: ``on_over`` is called with it."""
 
     def __init__(
         self,
@@ -69,6 +77,7 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
         *,
         experts: Callable[[], ExpertsReport],
         request_placement: Callable[[PlacementRequest], None],
+        on_over: Callable[[int], None] = lambda epoch: None,
     ) -> None:
         self._submit = submit
         self._experts = experts
@@ -76,15 +85,24 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
         self._limits = limits
         self._load = load
         self._secret = secret
-        self._epoch = epoch
+        self.epoch = epoch
+        self._on_over = on_over
+        self._draining = False
         self._failure = ""
         self._owner: dict[str, _Outbox] = {}
-        self._outboxes: set[_Outbox] = set()
+        self._outboxes: dict[_Outbox, None] = {}  # in the order of their coming
         self._none_open = asyncio.Event()
         self._none_open.set()
 
-    def publish(self, deltas: Iterable[SequenceDelta], refusals: Iterable[tuple[str, str]], load: EngineLoad) -> None:
-        """Hands one step's results to the gateways that wait for them. Call on the loop."""
+    def publish(
+        self,
+        deltas: Iterable[SequenceDelta],
+        refusals: Iterable[tuple[str, str]],
+        load: EngineLoad,
+        lost: Iterable[tuple[str, str]] = (),
+    ) -> None:
+        """Hands one step's results to the gateways that wait for them: deltas, and by sequence id the reasons why some
+        were never admitted (``refusals``) or are here no more (``lost``). Call on the loop."""
         for delta in deltas:
             outbox = self._owner.get(delta.sequence_id)
             if outbox is None:
@@ -96,6 +114,8 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
             if (outbox := self._owner.get(sequence_id)) is not None:
                 outbox.add().MergeFrom(pb.Delta(sequence_id=sequence_id, error=reason, refused=True))
                 self._forget(sequence_id)
+        for sequence_id, reason in lost:
+            self._lose(sequence_id, reason)
         self._load = load
         for outbox in self._outboxes:
             outbox.ready.set()
@@ -106,16 +126,31 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
         for outbox in self._outboxes:
             outbox.ready.set()
 
-    async def drained(self, timeout_s: float) -> None:
-        """Returns when no sequence is open here, or the time is up."""
+    async def drain(self, timeout_s: float) -> None:
+        """Takes nothing new. Returns when no sequence is open here; what is when the time is up is to go elsewhere."""
+        self._draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._none_open.wait()
+        for sequence_id in tuple(self._owner):
+            self._leave(sequence_id)
+
+    def _leave(self, sequence_id: str) -> None:
+        """Sends a sequence elsewhere."""
+        outbox = self._owner[sequence_id]
+        self._lose(sequence_id, "the rank is leaving")
+        self._submit(pb.AttachRequest(cancel=sequence_id).SerializeToString())
+        outbox.ready.set()
+
+    def _lose(self, sequence_id: str, reason: str) -> None:
+        if (outbox := self._owner.get(sequence_id)) is not None:
+            outbox.add().MergeFrom(pb.Delta(sequence_id=sequence_id, error=reason, lost=True))
+            self._forget(sequence_id)
 
     def _forget(self, sequence_id: str) -> None:
         outbox = self._owner.pop(sequence_id, None)
         if outbox is not None:
-            outbox.sequences.discard(sequence_id)
+            outbox.sequences.pop(sequence_id, None)
         if not self._owner:
             self._none_open.set()
 
@@ -129,14 +164,16 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
         if first is None or first.WhichOneof("message") != "hello":
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "hello must come first")
             return
-        if first.hello.epoch < self._epoch:
+        if first.hello.epoch > self.epoch > 0:
+            self._on_over(first.hello.epoch)
+        if first.hello.epoch < self.epoch:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"epoch {first.hello.epoch} is over")
         outbox = _Outbox()
         outbox.ready.set()  # the load and the failure, if any, are news to this gateway
-        self._outboxes.add(outbox)
+        self._outboxes[outbox] = None
         reader = asyncio.create_task(self._read(request_iterator, outbox))
         try:
-            yield pb.AttachResponse(welcome=pb.Welcome(epoch=self._epoch, limits=wire.encode_limits(self._limits)))
+            yield pb.AttachResponse(welcome=pb.Welcome(epoch=self.epoch, limits=wire.encode_limits(self._limits)))
             while not (reader.done() and not outbox.sequences):
                 await outbox.ready.wait()
                 outbox.ready.clear()
@@ -149,7 +186,7 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
                 yield message
         finally:
             reader.cancel()
-            self._outboxes.discard(outbox)
+            self._outboxes.pop(outbox, None)
             for sequence_id in tuple(outbox.sequences):
                 self._cancel(sequence_id)
 
@@ -157,7 +194,7 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
         """The group's name is left out: a rank does not know it."""
 
         def read() -> pb.GetGroupExpertsResponse:
-            return pb.GetGroupExpertsResponse(experts=encode_report(self._experts(), epoch=self._epoch))
+            return pb.GetGroupExpertsResponse(experts=encode_report(self._experts(), epoch=self.epoch))
 
         return await self._answer(read, context)
 
@@ -195,8 +232,11 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
             if kind == "submit":
                 self._owner[request.submit.sequence_id] = outbox
                 self._none_open.clear()
-                outbox.sequences.add(request.submit.sequence_id)
-                self._submit(request.SerializeToString())
+                outbox.sequences[request.submit.sequence_id] = None
+                if self._draining:
+                    self._leave(request.submit.sequence_id)
+                else:
+                    self._submit(request.SerializeToString())
             elif kind == "cancel" and self._owner.get(request.cancel) is outbox:
                 self._cancel(request.cancel)
         outbox.ready.set()

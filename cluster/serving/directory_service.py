@@ -1,60 +1,51 @@
-"""The directory behind a Serve handle."""
+"""The directory under Serve: one replica; groups and gateways put themselves in, gateways watch.
+
+It also keeps what the cluster was started with, the secret among it, for the commands that change the cluster. Serve
+keeps that in turn, so a new replica has it again.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import time
+import logging
+from typing import Any
 
-from moestro.cluster.directory import Directory, GatewayEntry, GroupEntry, Snapshot
+import ray
+
+from moestro.cluster.directory_calls import DirectoryServer
 from moestro.cluster.serving.logs import log_to_ray
+from moestro.cluster.serving.plan import Plan
+from moestro.cluster.serving.specs import group_of_actor
 
-# A watch answers at least so often: a gateway notices a directory that was replaced, and Serve, which lets open calls
-# finish before it stops a replica, does not wait long.
-WATCH_S = 0.5
+log = logging.getLogger(__name__)
+
+NAMES_S = 2.0
 
 
-class DirectoryService:
-    """One replica; groups and gateways put themselves in, gateways watch."""
+class DirectoryService(DirectoryServer):
+    """Ready at once, settled when every group whose ranks run has reported."""
 
-    def __init__(self) -> None:
+    async def __init__(self, secret: str) -> None:  # type: ignore[misc]
         log_to_ray()
-        self._directory = Directory()
-        self._changed = asyncio.Event()
+        super().__init__(await _running_groups())
+        self._secret = secret
+        self._settings: dict[str, Any] = {}
 
-    async def begin(self, dp: int, tp: int) -> GroupEntry:
-        """A name and an epoch for a new group; it must report from now on."""
-        group = self._directory.begin(dp, tp, time.monotonic())
-        self._notify()
-        return group
+    def reconfigure(self, settings: dict[str, Any]) -> None:
+        """Called by Serve at start and whenever they change."""
+        self._settings = settings
 
-    async def put(self, group: GroupEntry) -> bool:
-        """Says whether the group still has its place."""
-        version = self._directory.version
-        accepted = self._directory.put(group, time.monotonic())
-        if self._directory.version != version:
-            self._notify()
-        return accepted
+    async def plan(self) -> Plan:
+        return Plan.of(self._settings, self._secret)
 
-    async def remove(self, name: str, epoch: int) -> None:
-        self._directory.remove(name, epoch)
-        self._notify()
 
-    async def put_gateway(self, gateway: GatewayEntry) -> None:
-        self._directory.put_gateway(gateway, time.monotonic())
-
-    async def remove_gateway(self, name: str) -> None:
-        self._directory.remove_gateway(name)
-
-    async def watch(self, version: int) -> Snapshot:
-        """Answers when there is another version than ``version`` (-1: at once), or after WATCH_S."""
-        changed = self._changed
-        self._directory.expire(time.monotonic())
-        if version == self._directory.version:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(changed.wait(), WATCH_S)
-        return self._directory.snapshot()
-
-    def _notify(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
+async def _running_groups() -> frozenset[str] | None:
+    """Groups that have ranks now; None when Ray does not say."""
+    try:
+        names = await asyncio.wait_for(asyncio.to_thread(ray.util.list_named_actors, True), NAMES_S)
+    except Exception as error:
+        log.warning("which groups run is not known: %s", error)
+        return None
+    groups = frozenset(group for name in names if (group := group_of_actor(name["name"])))
+    log.info("groups that run: %s", ", ".join(sorted(groups)) or "none")
+    return groups

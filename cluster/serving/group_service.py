@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import logging
-from dataclasses import replace
 from typing import Any
 
 import ray
@@ -13,94 +9,88 @@ from ray.serve.handle import DeploymentHandle
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from moestro.cluster.config import Config
-from moestro.cluster.directory import GroupEntry, RankEntry, RankState
+from moestro.cluster.membership_records import MembershipConfig
+from moestro.cluster.ranks.report import RankPlace
+from moestro.cluster.serving.directory_client import DirectoryClient
 from moestro.cluster.serving.logs import log_to_ray
-from moestro.cluster.serving.rank_actor import Rank, RankPlace
-from moestro.cluster.serving.specs import rank_resources
-
-log = logging.getLogger(__name__)
-
-PROGRESS_S = 0.2
-HEALTH_TIMEOUT_S = 5.0
-FAREWELL_S = 0.5  # the directory may be stopping too, and then nobody needs to hear that we go
+from moestro.cluster.serving.rank_actor import Rank, RankHandle
+from moestro.cluster.serving.specs import rank_resources, watchdog_s
+from moestro.cluster.supervisor import Held, Supervisor
+from moestro.router.parallel import GroupShape
 
 
 class GroupService:
-    """One group: starts its ranks, tells the directory, watches over them, drains them. Ready when it serves."""
+    """One group: its supervisor, over actors. Ready when it serves."""
 
     async def __init__(  # type: ignore[misc]
         self, config: Config, secret: str, directory: DeploymentHandle[Any], gpus_per_rank: float
     ) -> None:
         log_to_ray()
-        self._directory = directory
-        self._drain_s = config.server.drain_s
-        cluster = config.cluster
-        self._entry: GroupEntry = await directory.begin.remote(cluster.dp, cluster.tp)
-        on_loopback = not cluster.ray_address
-        self._actors = [self._actor(rank, config, gpus_per_rank) for rank in range(cluster.dp * cluster.tp)]
+        self._config, self._secret, self._gpus = config, secret, gpus_per_rank
+        self._host = ray.util.get_node_ip_address() if config.cluster.ray_address else "127.0.0.1"
+        self._placement = ray.util.get_current_placement_group()
+        calls = DirectoryClient(directory)
+        self._entry = await calls.begin(config.cluster.dp, config.cluster.tp)
+        self._supervisor = Supervisor(
+            membership_config(config, gpus_per_rank),
+            self._entry,
+            calls,
+            self._launch,
+            drain_s=config.server.drain_s,
+            redundant=config.experts.redundant,
+        )
+        self._actors = {seat: self._actor(seat, seat) for seat in range(config.cluster.dp * config.cluster.tp)}
         # Imported only now: it brings torch, and the ranks do the same meanwhile.
         from moestro.cluster.serving.rank_spec import rank_spec
         from moestro.router.mesh import serve_store
 
-        self._store, store_address = serve_store("127.0.0.1" if on_loopback else ray.util.get_node_ip_address())
-        places = [
-            RankPlace(self._entry.name, rank, self._entry.epoch, store_address, on_loopback, secret)
-            for rank in range(len(self._actors))
-        ]
-        spec = rank_spec(config)
-        starting = asyncio.gather(
-            *(actor.start.remote(spec, place) for actor, place in zip(self._actors, places, strict=True))
-        )
+        self._spec = rank_spec(config)
+        self._store, self._store_address = serve_store(self._host)
         try:
-            while not starting.done():
-                await asyncio.wait([starting], timeout=PROGRESS_S)
-                with contextlib.suppress(Exception):  # what is wrong with a rank is said by start itself
-                    await self._report()
-            await starting
-            await self._report()
+            await self._supervisor.start()
         except BaseException:
-            await self._farewell()
+            await self._supervisor.stop()
             raise
 
     async def check_health(self) -> None:
-        """Raises when a rank has died or another group took our place: Serve then replaces the group."""
-        try:
-            accepted = await asyncio.wait_for(self._report(), HEALTH_TIMEOUT_S)
-        except Exception as error:
-            log.error("%s is lost: %s", self._entry.name, error)
-            lost = tuple(replace(rank, state=RankState.LOST) for rank in self._entry.ranks)
-            self._entry = replace(self._entry, ranks=lost)
-            with contextlib.suppress(Exception):
-                await asyncio.wait_for(self._directory.put.remote(self._entry), FAREWELL_S)
-            raise
-        if not accepted:
-            raise RuntimeError(f"{self._entry.name} epoch {self._entry.epoch} is over")
+        """Raises when the group is over: Serve then replaces it. One that recovers is well."""
+        self._supervisor.check()
 
     async def __del__(self) -> None:
         """Serve calls this when the replica has to go: what runs may finish first."""
-        await self._farewell()
-        with contextlib.suppress(Exception):  # a rank that is gone has nothing left to drain
-            await asyncio.gather(*(actor.drain.remote(self._drain_s) for actor in self._actors), return_exceptions=True)
-            await asyncio.gather(*(actor.stop.remote() for actor in self._actors), return_exceptions=True)
+        await self._supervisor.drain(self._config.server.drain_s)
+        await self._supervisor.stop()
 
-    async def _farewell(self) -> None:
-        with contextlib.suppress(Exception):
-            await asyncio.wait_for(self._directory.remove.remote(self._entry.name, self._entry.epoch), FAREWELL_S)
+    async def _launch(self, seat: int, worker: int, held: Held | None, gently: bool) -> RankHandle:
+        actor = self._actors.pop(worker, None) or self._actor(seat, worker)
+        tp = self._config.cluster.tp
+        place = RankPlace(
+            self._entry.name, seat, worker, tp, self._store_address, self._host, self._secret, held, gently
+        )
+        node, pid = await actor.start.remote(self._spec, place)
+        return RankHandle(actor, node, pid)
 
-    async def _report(self) -> bool:
-        ranks: list[RankEntry] = await asyncio.gather(*(actor.entry.remote() for actor in self._actors))
-        self._entry = replace(self._entry, ranks=tuple(ranks))
-        return bool(await self._directory.put.remote(self._entry))
-
-    def _actor(self, rank: int, config: Config, gpus_per_rank: float) -> Any:
-        placement = ray.util.get_current_placement_group()
-        name = f"{self._entry.name} rank {rank}"
+    def _actor(self, seat: int, worker: int) -> Any:
+        """A new process in the seat's bundle, which is free once the one before has ended."""
+        place = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=seat + 1)
+        name = f"{self._entry.name} rank {seat}"
         return (
             ray.remote(Rank)
             .options(
-                name=f"{name} epoch {self._entry.epoch}",
-                scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=rank + 1),
-                **rank_resources(config, gpus_per_rank),
+                name=f"{name} worker {self._entry.epoch}.{worker}",
+                scheduling_strategy=place,
+                **rank_resources(self._config, self._gpus),
             )
-            .remote(name, RankEntry(rank // config.cluster.tp, rank % config.cluster.tp))
+            .remote(name)
         )
+
+
+def membership_config(config: Config, gpus_per_rank: float) -> MembershipConfig:
+    """The rules of a group."""
+    return MembershipConfig(
+        shape=GroupShape(config.cluster.dp, config.cluster.tp),
+        min_ranks=config.recovery.min_ranks,
+        replace=config.recovery.replace,
+        watchdog_s=watchdog_s(config, gpus_per_rank),
+        start_s=config.cluster.start_timeout_s,
+    )

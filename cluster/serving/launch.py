@@ -19,6 +19,7 @@ from ray.serve.schema import ApplicationStatus
 from moestro.cluster.config import Config
 from moestro.cluster.directory import GroupEntry, Snapshot
 from moestro.cluster.serving.app import APP_NAME, build_app
+from moestro.cluster.serving.plan import Plan
 from moestro.cluster.serving.ports import check_port, check_ray
 from moestro.cluster.serving.reasons import reason_in
 from moestro.cluster.serving.specs import gpus_per_rank
@@ -26,7 +27,6 @@ from moestro.protos.errors import MoestroError
 
 POLL_S = 0.1
 ASK_S = 2.0
-SERVE_CPUS = 1.0  # Serve's controller and the groups' own bundles ask for fractions of a CPU
 
 Progress = Callable[[tuple[GroupEntry, ...]], None]
 
@@ -54,12 +54,8 @@ def running_cluster(config: Config, on_progress: Progress) -> Iterator[Running]:
     off; all of it is in Ray's logs too. ``on_progress`` is called while the model loads. Raises ConfigError or
     StartFailed with nothing left running.
     """
-    if config.cluster.ray_address:
-        check_ray(config.cluster.ray_address)
-    else:
-        check_port(config.server.host, config.server.port)
-    for name in ("ray", "ray.serve", "ray._private.authentication"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # their running commentary is in Ray's own log files
+    config = _settled(config)
+    quiet_ray()
     in_their_ray = bool(config.cluster.ray_address)
     with (
         open(os.devnull, "w") as nowhere,
@@ -68,7 +64,7 @@ def running_cluster(config: Config, on_progress: Progress) -> Iterator[Running]:
         _serve(in_their_ray),
         _app(config) as directory,
     ):
-        _wait_until_running(config, directory, on_progress)
+        wait_until_running(config, directory, on_progress)
 
         def watch(version: int) -> Snapshot:
             snapshot: Snapshot = directory.watch.remote(version).result(timeout_s=ASK_S)
@@ -77,6 +73,23 @@ def running_cluster(config: Config, on_progress: Progress) -> Iterator[Running]:
         snapshot = watch(-1)
         addresses = tuple(sorted({gateway.address for gateway in snapshot.gateways}))
         yield Running(addresses, dashboard, snapshot.groups, watch)
+
+
+def quiet_ray() -> None:
+    """Ray's running commentary is in its own log files."""
+    for name in ("ray", "ray.serve", "ray._private.authentication"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _settled(config: Config) -> Config:
+    """The same with what must not change later, wherever and whenever a replica starts: the folder and, on one machine,
+    the port. Raises ConfigError when the port or Ray's cannot be had."""
+    model = config.model.model_copy(update={"path": config.model.path.resolve()})
+    if config.cluster.ray_address:
+        check_ray(config.cluster.ray_address)
+        return config.model_copy(update={"model": model})
+    port = check_port(config.server.host, config.server.port)
+    return config.model_copy(update={"model": model, "server": config.server.model_copy(update={"port": port})})
 
 
 @contextmanager
@@ -90,11 +103,8 @@ def _ray(config: Config) -> Iterator[str]:
     if cluster.ray_address:
         options: dict[str, Any] = {"address": cluster.ray_address}
     else:
-        num_ranks = cluster.groups * cluster.dp * cluster.tp
         options = {
             "address": "local",
-            # Ranks share the cores as our own thread counts say, so Ray must not refuse more ranks than cores.
-            "num_cpus": int(max(os.cpu_count() or 1, num_ranks * config.rank.num_cpus + SERVE_CPUS)),
             "include_dashboard": True,
             "dashboard_host": "127.0.0.1",
             "dashboard_port": cluster.dashboard_port,
@@ -161,17 +171,23 @@ def _app(config: Config) -> Iterator[Any]:
     needed = gpus * config.cluster.groups * config.cluster.dp * config.cluster.tp
     if needed > present and not config.cluster.ray_address:  # another's Ray may grow as it is asked to
         raise StartFailed(f"rank.device: {needed:.0f} ranks need a GPU each, this machine has {present:.0f}")
-    app = build_app(config, secrets.token_hex(32), gpus)
     try:
-        target = serve.RunTarget(target=app, name=APP_NAME, route_prefix=None)
-        serve.run_many([target], wait_for_applications_running=False)
+        deploy(Plan(config, secrets.token_hex(32), gpus))
         yield serve.get_deployment_handle("Directory", APP_NAME)
     finally:
         with suppress(Exception):  # whatever is wrong with it, what follows takes the rest down
             serve.delete(APP_NAME)
 
 
-def _wait_until_running(config: Config, directory: Any, on_progress: Progress) -> None:
+def deploy(plan: Plan, *, groups_surge: bool = True) -> None:
+    """Says how the application is to be; Serve makes it so."""
+    app = build_app(plan, groups_surge=groups_surge)
+    target = serve.RunTarget(target=app, name=APP_NAME, route_prefix=None)
+    serve.run_many([target], wait_for_applications_running=False)
+
+
+def wait_until_running(config: Config, directory: Any, on_progress: Progress) -> None:
+    """Returns when the application is as it was deployed last. Raises StartFailed."""
     deadline = time.monotonic() + config.cluster.start_timeout_s
     while True:
         application = serve.status().applications[APP_NAME]

@@ -41,6 +41,13 @@ class CpuExperts:
     def replace_(self, slot: int, staged: Tensor) -> None:
         self.packed_LP[slot].copy_(staged)
 
+    def with_slots(self, sources: Sequence[int | None]) -> CpuExperts:
+        packed_LP = self.kernels.allocate_experts(len(sources), self.shape.width, self.shape.model_width)
+        for packed_P, source in zip(packed_LP, sources, strict=True):
+            if source is not None:
+                packed_P.copy_(self.packed_LP[source])
+        return CpuExperts(self.kernels, self.shape, packed_LP)
+
     def _pack(self, fill: Fill, passing: tuple[Tensor, Tensor], packed_P: Tensor) -> None:
         fill(*passing)
         self.kernels.pack_expert(*passing, packed_P)

@@ -6,10 +6,13 @@ Legend: L slots, O outputs and H inputs of one product, o and h blocks of 128 of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from moestro.kernels.grouped_experts import take_slots
 
 BLOCK = 128
 _LARGEST = 448.0  # of e4m3
@@ -58,6 +61,15 @@ class ExpertWeights:
             self.scale_oh.copy_(other.scale_oh)
         if self.bias_O is not None and other.bias_O is not None:
             self.bias_O.copy_(other.bias_O)
+
+    def with_slots(self, sources: Sequence[int | None]) -> ExpertWeights:
+        """Of all slots: a copy with one slot for each source, zeros where it is None."""
+        scale, bias = self.scale_oh, self.bias_O
+        return ExpertWeights(
+            take_slots(self.weight_OH, sources),
+            None if scale is None else take_slots(scale, sources),
+            None if bias is None else take_slots(bias, sources),
+        )
 
     def empty_one(self) -> ExpertWeights:
         """Of one slot, unfilled but for a bias of zeros."""

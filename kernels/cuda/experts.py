@@ -130,6 +130,10 @@ class CudaExperts:
         self.gate_up[slot].copy_(staged[0])
         self.down[slot].copy_(staged[1])
 
+    def with_slots(self, sources: Sequence[int | None]) -> CudaExperts:
+        """In new memory: graphs that were captured over the old must be captured again."""
+        return replace(self, gate_up=self.gate_up.with_slots(sources), down=self.down.with_slots(sources))
+
     def tiles(self, num_rows: int) -> tuple[Tile, Tile]:
         """For gate-up and down, which share their tiles' rows."""
         width, model_width = self.shape.width, self.shape.model_width

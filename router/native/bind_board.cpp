@@ -1,4 +1,5 @@
-// Boards for Python: every method takes and returns tensors of the CPU, without the interpreter's lock.
+// Boards for Python: every method takes and returns tensors of the CPU, without the interpreter's lock. What breaks a
+// group is Python's GroupBroken.
 //
 // Legend: T tokens of this rank, D model width, K experts per token, N ranks, L slots of a rank, R rows for this rank.
 #include <ATen/ops/empty.h>
@@ -137,6 +138,15 @@ void broadcast_(Board& board, const at::Tensor& x, int root) {
   board.take(operation);
 }
 
+void raise_group_broken(std::exception_ptr thrown) {
+  try {
+    if (thrown) std::rethrow_exception(thrown);
+  } catch (const Broken& broken) {
+    const auto kind = pybind11::module_::import("moestro.router.collectives").attr("GroupBroken");
+    PyErr_SetString(kind.ptr(), broken.what());
+  }
+}
+
 }  // namespace
 }  // namespace moestro
 
@@ -144,6 +154,7 @@ PYBIND11_MODULE(moestro_board, m) {
   using namespace moestro;
   using NoGil = pybind11::call_guard<pybind11::gil_scoped_release>;
   m.attr("TOKEN_BYTES") = kTokenBytes;
+  pybind11::register_local_exception_translator(&raise_group_broken);
   m.def("segment_bytes", &Board::segment_bytes);
   m.def("prepare", &Board::prepare);
   pybind11::class_<Board>(m, "Board")
@@ -151,6 +162,7 @@ PYBIND11_MODULE(moestro_board, m) {
       .def_property_readonly("rank", &Board::rank)
       .def_property_readonly("size", &Board::size)
       .def_property_readonly("part_bytes", &Board::part_bytes)
+      .def_property_readonly("operations", &Board::operations)
       .def("close", &Board::close)
       .def("post_tokens", &post_tokens, NoGil())
       .def("take_rows", &take_rows, NoGil())

@@ -34,6 +34,11 @@ constexpr size_t kTokenBytes = 64;  // at the start of the segment: the name by 
 constexpr size_t kPage = 4096;
 constexpr uint32_t kBefore = -64;  // the operation before the first: soon after, every group sees the numbers wrap
 
+// The group can do nothing more together: a peer is gone, late, or left.
+struct Broken : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 // One rank's flags of one kind: two cache lines, since processors fetch them in pairs.
 struct alignas(128) Flags {
   std::atomic<uint32_t> number[kRing];
@@ -104,13 +109,17 @@ class Board {
 
   // The number of this rank's next operation, once its parts may be written.
   uint32_t begin() {
-    if (!broken_.empty()) throw std::runtime_error(broken_);
-    const uint32_t before = last_ + 1 - kRing;
+    check();
+    const uint32_t last = last_.load(std::memory_order_relaxed), before = last + 1 - kRing;
     if (int32_t(ranks_[rank_].taken.number[before % kRing].load(std::memory_order_relaxed) - before) < 0)
       throw std::runtime_error("more than " + std::to_string(kRing) + " exchanges under way at once");
     await(&RankFlags::taken, before, 0, size_, "to take what it was sent");
-    return ++last_;
+    last_.store(last + 1, std::memory_order_relaxed);
+    return last + 1;
   }
+
+  // How many operations were begun here. Any thread.
+  uint32_t operations() const { return last_.load(std::memory_order_relaxed) - kBefore; }
 
   void post(uint32_t operation) { raise(ranks_[rank_].posted, operation); }
   void take(uint32_t operation) { raise(ranks_[rank_].taken, operation); }
@@ -118,13 +127,14 @@ class Board {
   void await_all(uint32_t operation) { await(&RankFlags::posted, operation, 0, size_, "to send"); }
   void await_one(uint32_t operation, int rank) { await(&RankFlags::posted, operation, rank, rank + 1, "to send"); }
 
-  // Peers that wait for this rank, or will, are told. Own calls fail from now on.
+  // Any thread. Peers that wait for this rank, or will, are told. Own calls fail from now on, also one that waits.
   void close() {
-    if (broken_.empty()) broken_ = "this process group is closed";
+    closed_.store(true, std::memory_order_seq_cst);
     if (getpid() != process_) return;  // a fork that forgets its copy leaves no group
     ranks_[rank_].closed.store(1, std::memory_order_seq_cst);
-    for (Flags* flags : {&ranks_[rank_].posted, &ranks_[rank_].taken})
-      for (auto& number : flags->number) futex_wake_all(&number);
+    for (int rank = 0; rank < size_; ++rank)  // peers sleep at this rank's flags, this rank at theirs
+      for (Flags* flags : {&ranks_[rank].posted, &ranks_[rank].taken})
+        for (auto& number : flags->number) futex_wake_all(&number);
   }
 
  private:
@@ -142,7 +152,7 @@ class Board {
   }
 
   void await(Flags RankFlags::*kind, uint32_t number, int first, int end, const char* what) {
-    if (!broken_.empty()) throw std::runtime_error(broken_);
+    check();
     for (int peer = first; peer < end; ++peer)
       if (!reached((ranks_[peer].*kind).number[number % kRing], number)) await_slowly(kind, number, peer, end, what);
   }
@@ -162,6 +172,7 @@ class Board {
       if (int32_t(seen - number) < 0) futex_wait(&flag, seen, kLookAfterNs);
       flags.sleepers.fetch_sub(1, std::memory_order_relaxed);
       if (reached(flag, number)) return;
+      check();
       // Whoever else is awaited counts too: this peer may be waiting for one that is gone.
       for (int other = peer; other < end; ++other) {
         const char* fate = fate_of(other);
@@ -181,10 +192,15 @@ class Board {
     return poll(&fd, 1, 0) > 0 && fd.revents ? "its process is gone" : nullptr;
   }
 
+  void check() const {
+    if (!broken_.empty()) throw Broken(broken_);
+    if (closed_.load(std::memory_order_acquire)) throw Broken("this process group is closed");
+  }
+
   [[noreturn]] void fail(const std::string& why) {
     broken_ = why;
     close();
-    throw std::runtime_error(why);
+    throw Broken(why);
   }
 
   const pid_t process_ = getpid();
@@ -196,8 +212,9 @@ class Board {
   std::vector<int> peers_;
   char* base_;
   RankFlags* ranks_;
-  uint32_t last_ = kBefore;  // operation begun
-  std::string broken_;
+  std::atomic<uint32_t> last_ = kBefore;  // operation begun
+  std::atomic<bool> closed_ = false;
+  std::string broken_;  // the thread's that makes the calls
 };
 
 }  // namespace moestro

@@ -149,7 +149,6 @@ import torch
 torch.set_num_threads(1)
 from moestro.workers.checkpoint import open_checkpoint
 from moestro.workers.loading import load_model, measure
-from moestro.router.expert_parallel import all_here
 from moestro.router.parallel import NoTensorParallel
 from moestro.kernels.linear import make_linear
 make_linear(torch.zeros(64, 64, dtype=torch.bfloat16)).apply(torch.zeros(1, 64, dtype=torch.bfloat16))
@@ -159,8 +158,8 @@ def peak():
 
 checkpoint = open_checkpoint(sys.argv[1])
 dtype = getattr(torch, sys.argv[2])
-experts = all_here(checkpoint.config.num_experts, checkpoint.config.num_moe_layers)
-keep = measure(checkpoint.config, dtype, NoTensorParallel(), experts).num_bytes
+held = [range(checkpoint.config.num_experts)] * checkpoint.config.num_moe_layers
+keep = measure(checkpoint.config, dtype, NoTensorParallel(), held).num_bytes
 before = peak()
 decoder = load_model(checkpoint, dtype=dtype)
 print(json.dumps({"keep": keep, "peak": peak() - before}))

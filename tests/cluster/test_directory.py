@@ -6,7 +6,17 @@ from dataclasses import replace
 
 import pytest
 
-from moestro.cluster.directory import EXPIRY_S, Directory, GatewayEntry, GroupEntry, RankState
+from moestro.cluster.directory import (
+    EXPIRY_S,
+    FORGET_S,
+    SETTLE_S,
+    Directory,
+    GatewayEntry,
+    GroupEntry,
+    RankEntry,
+    RankState,
+    Snapshot,
+)
 
 
 def serving(group: GroupEntry, state: RankState = RankState.SERVING) -> GroupEntry:
@@ -100,3 +110,59 @@ def test_who_is_silent_for_too_long_is_gone(silent_s: float, gone: bool) -> None
     assert (snapshot.gateways == ()) is gone
     directory.put(serving(snapshot.groups[0]), 30.0)  # it was slow, not dead
     assert directory.snapshot().groups[0].is_serving
+
+
+def test_who_is_lost_and_not_replaced_is_forgotten_in_the_end() -> None:
+    directory = Directory()
+    group = directory.begin(1, 1, 0.0)
+    directory.expire(EXPIRY_S + 1)
+    directory.expire(FORGET_S)
+    assert directory.snapshot().groups[0].is_lost
+    directory.expire(FORGET_S + 1)
+    assert directory.snapshot().groups == ()
+    assert directory.begin(1, 1, FORGET_S + 2).epoch == group.epoch + 1
+
+
+def test_one_that_knows_of_nobody_is_settled_at_once() -> None:
+    assert Directory(expected=frozenset()).snapshot().settled
+
+
+def test_a_rebuilt_one_settles_when_all_that_ran_have_reported() -> None:
+    groups = [serving(GroupEntry(f"group-{number}", 1, 1, 4, (RankEntry(0, 0),))) for number in range(2)]
+    directory = Directory(expected=frozenset({"group-0", "group-1"}), born_s=100.0)
+    with pytest.raises(RuntimeError, match="which groups there are"):
+        directory.begin(1, 1, 100.0)
+    directory.put(groups[0], 100.1)
+    assert not directory.snapshot().settled
+    version = directory.version
+    directory.put(groups[1], 100.2)
+    assert directory.snapshot().settled
+    assert directory.version > version
+    assert directory.begin(1, 1, 100.3).name == "group-2"
+
+
+@pytest.mark.parametrize("expected", [None, frozenset({"group-7"})])
+def test_a_rebuilt_one_settles_by_the_clock_when_somebody_stays_silent(expected: frozenset[str] | None) -> None:
+    directory = Directory(expected, born_s=100.0)
+    directory.expire(100.0 + SETTLE_S)
+    assert not directory.settled
+    version = directory.version
+    directory.expire(100.1 + SETTLE_S)
+    assert directory.settled
+    assert directory.version > version
+
+
+def test_epochs_that_others_remember_are_not_used_again() -> None:
+    directory = Directory()
+    directory.remember({"group-0": 7})
+    directory.remember({"group-0": 3})
+    assert directory.begin(1, 1, 0.0).epoch == 8
+
+
+def test_nothing_known_is_dropped_before_it_is_settled() -> None:
+    old, newer, unknown = GroupEntry("group-0", 1, 1, 3), GroupEntry("group-0", 1, 1, 4), GroupEntry("group-2", 1, 1, 1)
+    silent = GroupEntry("group-1", 1, 1, 2)
+    unsettled = Snapshot(1, (newer, unknown), (), settled=False)
+    assert unsettled.over([old, silent]) == (newer, silent, unknown)
+    assert Snapshot(1, (old,), (), settled=False).over([newer]) == (newer,)
+    assert Snapshot(2, (newer,), (), settled=True).over([old, silent]) == (newer,)

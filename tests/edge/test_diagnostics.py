@@ -40,7 +40,7 @@ class Tracing(StubBackend):
 class TracingStream(StubStream):
     def __init__(self, backend: StubBackend, sequences: Sequence[SequenceRequest]) -> None:
         super().__init__(backend, sequences)
-        backend.streams.add(self)
+        backend.streams[self] = None
         self._chunk: list[SequenceDelta] = [
             SequenceDelta(s.sequence_id, trace=(PositionTrace(0, (TOP, 0)),)) for s in sequences if s.diagnostics.trace
         ]

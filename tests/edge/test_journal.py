@@ -7,8 +7,9 @@ import random
 import pytest
 from tests.edge.fakes import VOCAB_SIZE, FakeText, FakeTextStream
 
+from moestro.cluster.edge.admitted import Admitted
 from moestro.cluster.edge.events import StreamEvent, gather
-from moestro.cluster.edge.journal import Admitted, Journal
+from moestro.cluster.edge.journal import Journal
 from moestro.cluster.edge.stub import stub_token
 from moestro.protos.errors import SequenceFailed, Unavailable
 from moestro.protos.sequences import (

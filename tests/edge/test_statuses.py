@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moestro.cluster.edge.parsing import parse
@@ -74,6 +74,7 @@ def test_the_largest_status_fits_into_trailers() -> None:
     assert len(back.violations) == MAX_VIOLATIONS
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_message_or_an_invalid_request(data: bytes) -> None:
     try:
@@ -82,6 +83,7 @@ def test_any_bytes_are_a_message_or_an_invalid_request(data: bytes) -> None:
         assert len(error.violations) == 1  # noqa: PT017 - it may also be a message
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_a_damaged_message_is_a_message_or_an_invalid_request(data: st.DataObject) -> None:
     whole = pb.GenerateRequest(

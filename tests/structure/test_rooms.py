@@ -35,7 +35,14 @@ PURE = (
     "workers/scheduler_sequence.py",
     "workers/kv_blocks.py",
     "cluster/directory.py",
+    "cluster/membership.py",
+    "cluster/membership_records.py",
+    "cluster/edge/admitted.py",
+    "cluster/edge/history.py",
+    "cluster/edge/incidents.py",
     "cluster/edge/journal.py",
+    "cluster/edge/parked.py",
+    "cluster/edge/resuming.py",
     "router/placement.py",
 )
 IMPURE = {"time", "asyncio", "threading", "socket", "torch", "grpc", "ray", "random"}

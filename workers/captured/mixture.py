@@ -18,7 +18,7 @@ from torch import Tensor
 from moestro.router.assign import Layout, assign
 from moestro.router.transport import Transport
 from moestro.workers.model.decoder import Decoder
-from moestro.workers.model.moe import ExpertBank, LocalMixture, MoeMlp
+from moestro.workers.model.moe import ExchangedMixture, ExpertBank, MoeMlp
 from moestro.workers.model.sharding import token_shard
 from moestro.workers.model.shared_expert import SharedExpert
 
@@ -121,8 +121,8 @@ def _padded(mlp: MoeMlp, layout: Layout, live_S: Tensor) -> MoeMlp:
     mixture = mlp.mixture
     live_S = live_S[slice(*token_shard(live_S.shape[0], mlp.tp.rank, mlp.tp.size))]  # what this rank routes
     made: Any
-    if isinstance(mixture, LocalMixture):
-        made = PaddedLocalMixture(mixture.bank, layout, live_S)
-    else:
+    if isinstance(mixture, ExchangedMixture):
         made = PaddedExchangedMixture(mixture.bank, layout, live_S, mixture.transport)
+    else:
+        made = PaddedLocalMixture(mixture.bank, layout, live_S)
     return replace(mlp, mixture=made)

@@ -5,8 +5,10 @@ Legend: T tokens, N ranks of the group, M model width, R rows whose logits are w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -47,6 +49,16 @@ class Decoder:
     def with_layers(self, layers: tuple[DecoderLayer, ...]) -> Decoder:
         """The same model around other layers, which are run one by one."""
         return replace(self, stack=LoopedStack(layers, self.stack.backend))
+
+    def over(self, experts: ExpertParallel) -> Decoder:
+        """The same model with its experts over a group. Every bank must hold what the placements say of this rank, and
+        is the new model's from now on: this one is not to be used any more."""
+        indices = count()
+        layers = tuple(
+            replace(layer, mlp=layer.mlp.over(experts, next(indices))) if isinstance(layer.mlp, MoeMlp) else layer
+            for layer in self.layers
+        )
+        return replace(self, stack=make_stack(layers, self.stack.backend))
 
     @property
     def banks(self) -> dict[int, ExpertBank]:
@@ -92,12 +104,21 @@ def build_decoder(
     experts: ExpertParallel,
 ) -> Decoder:
     """Reads this rank's weights layer by layer. Raises ConfigError when ``tp`` does not fit the model."""
+    held = [placement.slots[experts.rank] for placement in experts.placements]
+    return build_share(config, source, tp, held).over(experts)
+
+
+def build_share(
+    config: ModelConfig, source: WeightSource, tp: TensorParallel, held: Sequence[Sequence[int]]
+) -> Decoder:
+    """Reads a rank's weights for no group in particular: of the experts those ``held``, by mixture layer and slot.
+    ``Decoder.over`` makes it a model that computes. Raises ConfigError when ``tp`` does not fit the model."""
     embedding, head = build_vocabulary(config.vocab_size, config.hidden_size, config.tie_embeddings, source, tp)
     layers: list[DecoderLayer] = []
-    num_moe = 0
+    held_by_layer = iter(held)
     for index, spec in enumerate(config.layers):
-        layers.append(_build_layer(config, spec, f"model.layers.{index}.", source, tp, experts, num_moe))
-        num_moe += isinstance(spec.mlp, MoeSpec)
+        here = next(held_by_layer) if isinstance(spec.mlp, MoeSpec) else ()
+        layers.append(_build_layer(config, spec, f"model.layers.{index}.", source, tp, here))
     return Decoder(
         config=config,
         cache_spec=CacheSpec(
@@ -117,8 +138,7 @@ def _build_layer(
     prefix: str,
     source: WeightSource,
     tp: TensorParallel,
-    experts: ExpertParallel,
-    moe_index: int,
+    held: Sequence[int],
 ) -> DecoderLayer:
     width, eps = config.hidden_size, config.norm_eps
     return DecoderLayer(
@@ -129,7 +149,7 @@ def _build_layer(
         mlp_norm_M=read(source, prefix + "post_attention_layernorm.weight", width),
         mlp=build_mlp(spec.mlp, width, prefix + "mlp.", source, tp)
         if isinstance(spec.mlp, DenseSpec)
-        else build_moe(spec.mlp, width, prefix + "mlp.", source, tp, experts, moe_index),
+        else build_moe(spec.mlp, width, prefix + "mlp.", source, tp, held),
         group=config.windows.index(spec.attention.window),
         eps=eps,
     )

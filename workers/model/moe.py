@@ -9,8 +9,8 @@ no row crosses the wire twice, and the results are gathered within the set.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
 from typing import Any, TypeVar
@@ -38,17 +38,37 @@ SawGate = Callable[[int, Tensor], None]
 
 class ExpertBank:
     """One mixture layer's experts on this rank and the layout that says where all of them are: the only part of a
-    model that changes while it serves. The two change together, between two steps."""
+    model that changes while it serves. The two change together, between two steps.
 
-    def __init__(self, prefix: str, experts: GroupedExperts, layout: Layout) -> None:
+    What a rank holds outlives a group, the layout does not: a bank without one waits to be placed in its first group,
+    and between two groups its slots are changed one by one."""
+
+    def __init__(self, prefix: str, experts: GroupedExperts, held: Sequence[int], layout: Layout | None = None) -> None:
         self.prefix = prefix  # of the layer's weights, "model.layers.3.mlp."
         self.experts = experts
-        self.layout = layout
-        self.rows_L = torch.zeros(layout.placement.capacity, dtype=torch.int64, device=layout.slot_E.device)
+        self.held = tuple(held)
+        """By slot the logical expert that is in it, or EMPTY: at any moment what is true."""
+        self._layout = layout
+        self.rows_L = torch.zeros(len(self.held), dtype=torch.int64, device=experts.shape.device)
         """Rows that each slot has computed."""
         self.wait_s = self.compute_s = 0.0
         """Seconds the host has waited for rows, there and back, and spent on the experts. On CUDA they say how long the
         host was held up and not how long the device took."""
+
+    @property
+    def layout(self) -> Layout:
+        """Where all experts are. Raises RuntimeError for a bank that has not been placed in a group."""
+        if self._layout is None:
+            raise RuntimeError(f"{self.prefix}experts: this rank has not joined a group yet")
+        return self._layout
+
+    def place_(self, layout: Layout) -> None:
+        """Takes on a layout, with counters that begin anew. Raises ValueError when it says something else of this rank
+        than what is held."""
+        if layout.local_experts != self.held:
+            raise ValueError(f"{self.prefix}experts: the slots hold {self.held}, not {layout.local_experts}")
+        self._layout = layout
+        self.rows_L = torch.zeros_like(self.rows_L)
 
     def awaited(self, arrival: Arrival[Arrived]) -> Arrived:
         """What arrives."""
@@ -78,7 +98,37 @@ class ExpertBank:
         the slot did not hold before."""
         for slot, expert in staged.items():
             self.experts.replace_(slot, expert)
-        self.layout = layout
+        self._layout, self.held = layout, layout.local_experts
+
+    def resize_(self, sources: Sequence[int | None]) -> None:
+        """As many slots as ``sources`` has, each with what is now in the slot that it names, or empty. Between groups:
+        there is no layout until ``place_`` brings one."""
+        self._layout = None
+        experts = self.experts.with_slots(sources)
+        self.experts, self.held = experts, tuple(EMPTY if s is None else self.held[s] for s in sources)
+        self.rows_L = self.rows_L.new_zeros(len(sources))
+
+    def load_(self, slot: int, expert: int, source: WeightSource) -> None:
+        """Reads an expert into an empty slot, between groups. Raises what the source raises; then it stays empty."""
+        self.experts.replace_(slot, self.experts.stage(expert_fill(source, self.prefix, expert)))
+        self.held = (*self.held[:slot], expert, *self.held[slot + 1 :])
+
+
+@dataclass(frozen=True, slots=True)
+class UnplacedMixture:
+    """Experts of a rank that has not joined a group: nothing can be computed."""
+
+    bank: ExpertBank
+
+    def forward(
+        self,
+        x_tM: Tensor,
+        ids_tK: Tensor,
+        weights_tK: Tensor,
+        num_tokens_N: tuple[int, ...],
+        shared: SharedExpert | None,
+    ) -> Tensor:
+        raise RuntimeError(f"{self.bank.prefix}experts: this rank has not joined a group yet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,13 +191,21 @@ class MoeMlp:
     """One mixture layer on one rank."""
 
     gate: Gate
-    mixture: LocalMixture | ExchangedMixture
+    mixture: UnplacedMixture | LocalMixture | ExchangedMixture
     shared: SharedExpert | None
     tp: TensorParallel
 
     @property
     def bank(self) -> ExpertBank:
         return self.mixture.bank
+
+    def over(self, parallel: ExpertParallel, index: int) -> MoeMlp:
+        """The same layer, mixture layer ``index`` of its model, over a group. Its bank must hold what the placement
+        says of this rank, and is the new layer's from now on."""
+        bank = self.bank
+        bank.place_(lay_out(parallel.placements[index], parallel.rank, bank.rows_L.device, parallel.node_of_rank))
+        alone = bank.layout.placement.num_ranks == 1
+        return replace(self, mixture=LocalMixture(bank) if alone else ExchangedMixture(bank, parallel.transport))
 
     def forward(self, x_TM: Tensor, num_tokens_N: tuple[int, ...], saw_gate: SawGate) -> Tensor:
         """y_TM. Collective within the whole group: to be called with zero tokens too. ``num_tokens_N`` is what each
@@ -204,17 +262,13 @@ def build_moe(
     prefix: str,
     source: WeightSource,
     tp: TensorParallel,
-    parallel: ExpertParallel,
-    index: int,
+    held: Sequence[int],
 ) -> MoeMlp:
-    """Reads the gate, the shared expert and this rank's experts. ``index`` counts mixture layers only."""
-    layout = lay_out(parallel.placements[index], parallel.rank, source.device, parallel.node_of_rank)
+    """Reads the gate, the shared expert and the experts ``held``, one a slot; EMPTY leaves it empty."""
     gate = build_gate(spec.gate, hidden_size, prefix + "gate.", source)
     experts = source.backend.make_experts(
         ExpertShape(spec.width, hidden_size, source.dtype, source.device),
-        [None if expert == EMPTY else expert_fill(source, prefix, expert) for expert in layout.local_experts],
+        [None if expert == EMPTY else expert_fill(source, prefix, expert) for expert in held],
     )
     shared = None if spec.shared is None else build_shared_expert(spec.shared, hidden_size, prefix, source)
-    bank = ExpertBank(prefix, experts, layout)
-    alone = layout.placement.num_ranks == 1
-    return MoeMlp(gate, LocalMixture(bank) if alone else ExchangedMixture(bank, parallel.transport), shared, tp)
+    return MoeMlp(gate, UnplacedMixture(ExpertBank(prefix, experts, held)), shared, tp)

@@ -1,0 +1,51 @@
+"""How a gateway keeps up with the directory, and goes on without it while it is being replaced."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+
+from moestro.cluster.directory import GatewayEntry, GroupEntry
+from moestro.cluster.directory_calls import DirectoryCalls
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 0.5
+REPORT_S = 2.0
+
+
+class DirectoryFollower:
+    """``update`` is called on the loop with each picture of the groups that is worth going by."""
+
+    def __init__(self, directory: DirectoryCalls, update: Callable[[tuple[GroupEntry, ...]], None]) -> None:
+        self._directory = directory
+        self._update = update
+        self._groups: tuple[GroupEntry, ...] = ()
+
+    async def follow(self) -> None:
+        """Takes pictures, for ever. Without an answer what is known stays true."""
+        version = -1
+        while True:
+            try:
+                snapshot = await self._directory.watch(version)
+            except Exception as error:
+                log.warning("directory: %s", error)
+                version = -1
+                await asyncio.sleep(RETRY_S)
+                continue
+            version = snapshot.version
+            self._groups = snapshot.over(self._groups)
+            self._update(self._groups)
+
+    async def report(self, gateway: GatewayEntry) -> None:
+        """Says that the gateway is there, for ever."""
+        while True:
+            await self.tell(gateway)
+            await asyncio.sleep(REPORT_S)
+
+    async def tell(self, gateway: GatewayEntry) -> None:
+        """Once, if the directory can be reached: the next report reaches the next one."""
+        with contextlib.suppress(Exception):
+            await self._directory.put_gateway(gateway, {group.name: group.epoch for group in self._groups})

@@ -1,0 +1,133 @@
+"""One request's run, on one engine after another: what is lost with an engine goes on elsewhere, from the journal."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from moestro.cluster.backend import Backend, DeltaStream
+from moestro.cluster.edge.incidents import Death, Incidents
+from moestro.cluster.edge.journal import Acceptance, Journal
+from moestro.cluster.edge.served import RecoveryLimits
+from moestro.cluster.edge.suspects import Suspects, Trial
+from moestro.protos.errors import EngineLost, Overloaded, Quarantined, Unavailable
+from moestro.protos.sequences import SequenceDelta
+
+log = logging.getLogger(__name__)
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 0.5  # between two tries to start a replay
+
+
+class Run:
+    """Feeds a journal. One reader at a time."""
+
+    def __init__(
+        self, journal: Journal, backend: Backend, limits: RecoveryLimits, suspects: Suspects, incidents: Incidents
+    ) -> None:
+        self._journal = journal
+        self._backend = backend
+        self._limits = limits
+        self._suspects = suspects
+        self._incidents = incidents
+        self._deltas: DeltaStream | None = None
+        self._loss: EngineLost | None = None  # until the replay tells something
+        self._patience_ends_s = 0.0
+        self._pause_s = FIRST_PAUSE_S
+        self._trial: Trial | None = None
+        self._deaths: list[Death] = []
+        self._closed = False
+
+    def start(self) -> None:
+        """Raises what ``Backend.start`` raises, with nothing started."""
+        if sequences := self._journal.sequences():
+            self._deltas = self._backend.start(sequences)
+
+    async def next(self) -> Acceptance:
+        """What follows from the next deltas. Raises SequenceFailed, Quarantined, Overloaded when the first engine would
+        not take it on, and Unavailable when nobody takes it over or it was lost too often."""
+        while True:
+            deltas = self._deltas or await self._go_on()
+            try:
+                return self._accept(await deltas.next())
+            except EngineLost as loss:
+                self._drop()
+                self._lose(loss)
+            except Overloaded as refusal:
+                self._drop()
+                if self._loss is None:
+                    raise
+                self._journal.interrupt(_now())
+                await self._pause(refusal)  # an admitted request is not lost to a full queue
+
+    def close(self) -> None:
+        """Cancels what still runs. Idempotent."""
+        self._closed = True
+        self._drop()
+        self._end_trial()
+
+    def _accept(self, deltas: list[SequenceDelta]) -> Acceptance:
+        accepted = self._journal.accept(deltas, _now())
+        if self._deltas is not None:
+            for sequence_id in accepted.cancel:
+                self._deltas.cancel(sequence_id)
+        self._loss, self._pause_s = None, FIRST_PAUSE_S
+        if not self._journal.num_deaths:
+            self._end_trial()
+        return accepted
+
+    def _lose(self, loss: EngineLost) -> None:
+        """Raises Quarantined or Unavailable when it must not be tried again."""
+        now_s, journal = _now(), self._journal
+        journal.lose(loss.died, now_s)
+        if loss.died:
+            self._deaths.append(Death(loss.engine, str(loss), now_s))
+            if journal.num_deaths >= 2 and self._trial is not None and self._trial.was_alone:
+                raise self._quarantine() from loss
+        self._end_trial()
+        if self._loss is None:
+            self._patience_ends_s = now_s + self._limits.patience_s
+        self._loss = loss
+        if journal.num_migrations > self._limits.migrations:
+            bound = f"{self._limits.migrations} times is the most that a request goes on elsewhere"
+            raise Unavailable(f"its rank was lost {journal.num_migrations} times; {bound}") from loss
+
+    async def _go_on(self) -> DeltaStream:
+        """Starts the replay as soon as somebody takes it."""
+        try:
+            async with asyncio.timeout_at(self._patience_ends_s):
+                if self._trial is None and self._journal.num_deaths:
+                    self._trial = await self._suspects.begin(self._journal.num_deaths)
+                while not self._closed:
+                    await self._backend.available()
+                    try:
+                        self._deltas = self._backend.start(self._journal.restart(_now()))
+                        return self._deltas
+                    except (Overloaded, Unavailable) as refusal:
+                        await self._pause(refusal)
+        except TimeoutError:
+            raise Unavailable(f"no rank took the request over within {self._limits.patience_s:g} s") from self._loss
+        raise Unavailable("the stream was closed") from self._loss
+
+    async def _pause(self, refusal: Overloaded | Unavailable) -> None:
+        pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, LONGEST_PAUSE_S)
+        await asyncio.sleep(min(pause_s, refusal.retry_after_s))
+
+    def _quarantine(self) -> Quarantined:
+        num_tokens = tuple(len(choice.output_ids) for choice in self._journal.choices)
+        incident = self._incidents.add(self._journal.admitted, num_tokens, tuple(self._deaths))
+        log.error("quarantined: %s", incident)
+        return incident.verdict()
+
+    def _drop(self) -> None:
+        if self._deltas is not None:
+            self._deltas.close()
+            self._deltas = None
+
+    def _end_trial(self) -> None:
+        if self._trial is not None:
+            self._suspects.end(self._trial)
+            self._trial = None
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

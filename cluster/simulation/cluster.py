@@ -1,0 +1,177 @@
+"""A whole simulated cluster, and one run of a scenario."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Mapping
+from typing import Any, cast
+
+from moestro.cluster.directory_calls import DirectoryCalls, DirectoryServer
+from moestro.cluster.simulation.client import SimulatedClient
+from moestro.cluster.simulation.faults import FAULTS
+from moestro.cluster.simulation.gateway import SimulatedGateway
+from moestro.cluster.simulation.group import SimulatedGroup, SimulatedRank
+from moestro.cluster.simulation.handles import Handle, Host
+from moestro.cluster.simulation.network import Network
+from moestro.cluster.simulation.rpc import Sockets
+from moestro.cluster.simulation.scenario import Ask, Habit, Scenario
+from moestro.cluster.simulation.trace import Trace
+from moestro.cluster.simulation.virtual_time import Process
+from moestro.cluster.simulation.worker import SimulatedWorker
+from moestro.protos.errors import Overloaded, SequenceFailed, Unavailable
+
+PATIENCE_S = 300.0  # by then every request must have ended
+SETTLE_S = 30.0  # by then everything must be free again
+
+
+class SimulatedCluster:
+    """Built in the loop it runs on."""
+
+    def __init__(self, scenario: Scenario, trace: Trace) -> None:
+        self.scenario, self.trace = scenario, trace
+        self.rng = random.Random(f"run {scenario.seed}")
+        self.network = Network(self.rng, trace)
+        self.sockets = Sockets(self.network)
+        self.failures: list[BaseException] = []
+        self._processes: list[Process] = []
+        self._incarnations = 0
+        self.directory: Host | None = None
+        self.handle = cast(DirectoryCalls, Handle(self.network, lambda: self.directory))
+        self.gateways: dict[str, SimulatedGateway] = {}
+        self.addresses = [f"gateway-{number}" for number in range(scenario.gateways)]
+        self.groups = [
+            SimulatedGroup(
+                number, scenario.dp, self.process, self.sockets, self.handle, scenario.scheduler, self.rng, trace,
+                self.observe,
+            )
+            for number in range(scenario.groups)
+        ]  # fmt: skip
+        self.clients = [
+            SimulatedClient(ask, self.process(ask.name), self.sockets, self.addresses, self.rng, trace)
+            for ask in scenario.asks
+        ]
+
+    def process(self, name: str) -> Process:
+        process = Process(name)
+        self._processes.append(process)
+        process.at_death(lambda: self.trace(name, "dies"))
+        process.at_death(lambda: self.sockets.lose(process))
+        return process
+
+    @property
+    def ranks(self) -> list[SimulatedRank]:
+        return [rank for group in self.groups for rank in group.ranks if rank.process.is_alive]
+
+    def start_directory(self) -> None:
+        self._incarnations += 1
+        process = self.process(f"directory.{self._incarnations}")
+        groups = frozenset(group.name for group in self.groups if group.name)
+        knows = self.rng.random() < 0.5  # whether Ray says which groups run
+        self.directory = Host(process, DirectoryServer(groups if knows or not groups else None))
+
+    def start_gateway(self, address: str) -> None:
+        self._incarnations += 1
+        process = self.process(f"{address}.{self._incarnations}")
+
+        async def run() -> None:
+            self.gateways[address] = gateway = SimulatedGateway(process, address, self.sockets, self.handle, self.trace)
+            await gateway.run()
+
+        process.spawn(run())
+
+    async def run(self) -> None:
+        """The whole scenario. Raises AssertionError where an invariant does not hold."""
+        try:
+            await self._run()
+        finally:
+            await self._end()
+
+    async def _run(self) -> None:
+        asyncio.get_running_loop().set_exception_handler(self._unhandled)
+        self.start_directory()
+        for group in self.groups:
+            group.start()
+        for address in self.addresses:
+            self.start_gateway(address)
+        while not all(a in self.sockets.servers for a in self.addresses):
+            await asyncio.sleep(0.05)
+        faults = asyncio.create_task(self._do_faults())
+        asking = [client.process.spawn(client.run()) for client in self.clients]
+        async with asyncio.timeout(PATIENCE_S):
+            for task in asking:
+                try:
+                    await task
+                except asyncio.CancelledError:
+                    if not task.cancelled():
+                        raise
+        await faults
+        self.check_ends()
+        await self._settle()
+        if self.failures:
+            raise self.failures[0]
+
+    async def _end(self) -> None:
+        """Kills all that still lives, so that nothing outlives the loop."""
+        for process in self._processes:
+            process.kill()
+        await asyncio.sleep(1.0)
+
+    async def _do_faults(self) -> None:
+        loop = asyncio.get_running_loop()
+        begin_s = loop.time()
+        for fault in self.scenario.faults:
+            await asyncio.sleep(max(0.0, begin_s + fault.at_s - loop.time()))
+            self.trace("fault", "{} {} {} for {} s", fault.kind.value, fault.target, fault.other, fault.for_s)
+            FAULTS[fault.kind](self, fault)
+        await asyncio.sleep(max((fault.for_s for fault in self.scenario.faults), default=0.0))
+
+    def observe(self, worker: SimulatedWorker, what: str, facts: Mapping[str, Any]) -> None:
+        """What workers tell of themselves."""
+        self.trace(worker.process.name, what + " {}", facts)
+        if what == "poisoned":
+            asyncio.get_running_loop().call_soon(worker.process.kill)
+        if what == "agreed":
+            assert set(facts["epochs"]) == {facts["epoch"]}, f"{worker.process.name} computes with another epoch"
+            assert len(set(facts["steps"])) == 1, f"{worker.process.name}: members are in different steps"
+
+    def check_ends(self) -> None:
+        for client in self.clients:
+            reader, ask = client.reader, client.reader.ask
+            if reader.error is not None:
+                assert is_allowed(reader.error, ask), f"{ask.name} failed: {reader.error!r}"
+            elif ask.habit not in (Habit.CANCELS, Habit.VANISHES):
+                assert reader.is_finished, f"{ask.name} never ended"
+
+    async def _settle(self) -> None:
+        """Nothing may be left of any request."""
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + SETTLE_S
+        while (left := self.leftovers()) and loop.time() < until_s:
+            await asyncio.sleep(0.5)
+        assert not left, f"left over: {left}"
+
+    def leftovers(self) -> list[str]:
+        """What should be free when no request is open."""
+        found = []
+        for gateway in self.gateways.values():
+            if gateway.process.is_alive and gateway.core.num_open:
+                found.append(f"{gateway.process.name}: {gateway.core.num_open} requests")
+        for rank in self.ranks:
+            rank.worker.scheduler.check_integrity()
+            load = rank.worker.load
+            if load.num_running or load.num_waiting or load.kv_blocks_used:
+                found.append(f"{rank.process.name}: {load}")
+        return found
+
+    def _unhandled(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if isinstance(error, Exception):
+            self.failures.append(error)
+
+
+def is_allowed(error: BaseException, ask: Ask) -> bool:
+    """Whether a request may end so."""
+    if ask.is_not_a_number and isinstance(error, SequenceFailed):
+        return True
+    return isinstance(error, Unavailable | Overloaded)

@@ -1,0 +1,95 @@
+"""What becomes of streams when a part of the cluster that no token passes through is lost or replaced: one cluster of
+two groups behind two gateways. The tests share it and run in this order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from tests.cluster.servers import Server, free_port, serving, until
+
+from moestro.cluster.client import Client
+from moestro.cluster.client_results import ClusterStatus
+from moestro.protos.errors import Unavailable
+
+PROMPT = [5, 17, 200, 33, 71, 9]
+LONG = 3000
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint: Path) -> Iterator[Server]:
+    with serving(checkpoint, "--groups", 2, "--dp", 1, "--gateways", 2, "--port", free_port()) as server:
+        yield server
+
+
+def ask(server: Server, max_tokens: int = 8) -> tuple[int, ...]:
+    """Over a connection of its own, so that the kernel spreads the calls over the gateways. No retries."""
+    with server.client() as client:
+        answer = client.generate(PROMPT, max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+        return tuple(answer.choices[0].token_ids)
+
+
+def status(server: Server) -> ClusterStatus:
+    with server.client() as client:
+        return client.status()
+
+
+def picture(server: Server) -> list[tuple[str, int, list[str]]]:
+    return [(group.name, group.epoch, [rank.state for rank in group.ranks]) for group in status(server).groups]
+
+
+def blocks_used(server: Server) -> int:
+    return sum(rank.kv_blocks_used for group in status(server).groups for rank in group.ranks)
+
+
+SERVING = [("group-0", 1, ["serving"]), ("group-1", 1, ["serving"])]
+
+
+def test_a_killed_directory_is_rebuilt_and_nobody_notices(server: Server) -> None:
+    expected = ask(server, LONG)
+    with ThreadPoolExecutor(4) as pool:
+        streams = [pool.submit(ask, server, LONG) for _ in range(4)]
+        time.sleep(0.3)
+        (directory,) = server.find("moestro#Directory")
+        directory.kill()
+        while not all(stream.done() for stream in streams):
+            assert ask(server) == expected[:8]
+            assert picture(server) == SERVING
+        assert [stream.result() for stream in streams] == [expected] * 4
+    until(lambda: bool(server.find("moestro#Directory")), 20.0)
+    began_s = time.monotonic()
+    while time.monotonic() < began_s + 3.0:  # the new one hears of everybody meanwhile
+        assert picture(server) == SERVING
+        assert ask(server) == expected[:8]
+    assert server.lines[5:] == []
+
+
+def test_a_killed_gateway_takes_only_its_own_connections(server: Server) -> None:
+    expected = ask(server, LONG)
+    clients = [server.client() for _ in range(8)]
+    streams = [client.stream(PROMPT, max_tokens=LONG, temperature=0.0, ignore_eos=True) for client in clients]
+    for stream in streams:
+        next(stream)
+    server.find("moestro#Gateway")[0].kill()
+
+    def rest(index: int) -> str:
+        try:
+            ids = [token for event in streams[index] for token in event.token_ids]
+        except Unavailable:
+            return "cut"
+        assert tuple(ids) == expected[-len(ids) :]
+        return "ended"
+
+    with ThreadPoolExecutor(8) as pool:
+        fates = list(pool.map(rest, range(8)))
+    assert set(fates) <= {"cut", "ended"}
+    assert "ended" in fates
+    until(lambda: blocks_used(server) == 0, 10.0)
+    for client in clients:
+        client.close()
+    until(lambda: len(server.find("moestro#Gateway")) == 2, 20.0)
+    assert [ask(server) for _ in range(4)] == [expected[:8]] * 4

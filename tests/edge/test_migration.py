@@ -1,0 +1,257 @@
+"""Engines are lost at any point, and the caller sees the same answer: no token lost or doubled, numbers without gap."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.edge.fakes import LIMITS, served
+from tests.edge.serving import refused, rig, run
+
+from moestro.cluster.edge.core import RequestCore
+from moestro.cluster.edge.events import Completion, StreamEvent, gather
+from moestro.cluster.edge.served import EdgeLimits, RecoveryLimits
+from moestro.cluster.edge.stub import Fault, StubBackend
+from moestro.protos.errors import EngineLost, Overloaded, Quarantined, Unavailable
+from moestro.protos.gen import inference_pb2 as pb
+from moestro.protos.sequences import SequenceRequest
+
+MANY = EdgeLimits(recovery=RecoveryLimits(migrations=1000))
+SEED = 5
+
+
+def ask(text: str = "abc", **changes: Any) -> pb.GenerateRequest:
+    message = pb.GenerateRequest(text=text, sampling=pb.SamplingParams(seed=SEED), stop=pb.StopParams(max_tokens=8))
+    message.MergeFrom(pb.GenerateRequest(**changes))
+    return message
+
+
+async def events_of(core: RequestCore, request: pb.GenerateRequest | pb.ChatRequest) -> list[StreamEvent]:
+    return [event async for event in core.stream(request)]
+
+
+def same_answer(one: Completion, other: Completion) -> bool:
+    return (one.choices, one.seed, one.prompt_logprobs) == (other.choices, other.seed, other.prompt_logprobs)
+
+
+faults = st.lists(
+    st.builds(Fault, after_steps=st.integers(0, 4), died=st.just(False), refuses=st.booleans())
+    | st.builds(Fault, after_steps=st.integers(1, 4)),
+    max_size=8,
+)
+requests = st.builds(
+    lambda n, max_tokens, logprobs, stops, chat: (
+        pb.ChatRequest(
+            messages=[pb.ChatMessage(role="user", content="hi")],
+            sampling=pb.SamplingParams(seed=SEED),
+            stop=pb.StopParams(max_tokens=max_tokens, strings=stops),
+            output=pb.OutputParams(n=n, logprobs=logprobs, prompt_logprobs=logprobs),
+        )
+        if chat
+        else ask(
+            stop=pb.StopParams(max_tokens=max_tokens, strings=stops),
+            output=pb.OutputParams(n=n, logprobs=logprobs, prompt_logprobs=logprobs),
+        )
+    ),
+    n=st.integers(1, 4),
+    max_tokens=st.integers(1, 12),
+    logprobs=st.none() | st.integers(0, 3),
+    # The stub's tokens are 7 apart: a stop string that comes true, one that begins to, one that never does.
+    stops=st.lists(st.sampled_from(["jqx", "qz", "!", "}%", "x&"]), max_size=3, unique=True),
+    chat=st.booleans(),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(requests, faults)
+def test_wherever_engines_are_lost_the_answer_is_the_same(
+    request: pb.GenerateRequest | pb.ChatRequest, faults: list[Fault]
+) -> None:
+    faults = [Fault(2), *faults]  # the first start of all would be refused to the caller
+
+    async def test() -> None:
+        undisturbed = await events_of(RequestCore([served()]), request)
+        backend = StubBackend(LIMITS, faults=faults)
+        core = RequestCore([served(backend)], MANY)
+        events = await events_of(core, request)
+        assert same_answer(gather(events), gather(undisturbed))
+        assert [event.sequence_number for event in events] == list(range(len(events)))
+        assert [event.usage is None for event in events] == [True] * (len(events) - 1) + [False]
+        assert sum(event.prompt_logprobs is not None for event in events) == request.output.HasField("prompt_logprobs")
+        assert not backend.open_sequences
+        assert not core.num_open
+
+    run(test())
+
+
+def test_a_loss_is_counted_and_its_time_is_kept() -> None:
+    async def test() -> None:
+        backend = StubBackend(LIMITS, step_s=0.002, faults=[Fault(3), Fault(2, died=False)])
+        core = RequestCore([served(backend)])
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        answer = await core.complete(ask(stop=pb.StopParams(max_tokens=8, strings=["\x7f"])))
+        took_s = loop.time() - began_s
+        usage = answer.usage
+        assert (usage.output_tokens, usage.migrations) == (8, 2)
+        assert 0.010 <= usage.queued_s + usage.prefill_s + usage.decode_s <= took_s
+
+    run(test())
+
+
+def test_the_fourth_loss_is_too_many() -> None:
+    async def test() -> None:
+        async with rig(StubBackend(LIMITS, faults=[Fault(1, died=False)] * 4)) as it:
+            said = await refused(it.generate(ask()))
+            assert (said.code, said.reason, said.retry_s) == (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE", 1.0)
+            assert "lost 4 times" in said.message
+        async with rig(StubBackend(LIMITS, faults=[Fault(1, died=False)] * 3)) as it:
+            assert (await it.generate(ask()))[-1].usage.migrations == 3
+
+    run(test())
+
+
+class Away(StubBackend):
+    """Has no engine for a while after each loss."""
+
+    def __init__(self, faults: list[Fault]) -> None:
+        super().__init__(LIMITS, faults=faults)
+        self.back = asyncio.Event()
+
+    async def available(self) -> None:
+        await self.back.wait()
+
+
+def test_it_waits_for_an_engine_as_long_as_its_patience_lasts() -> None:
+    async def test() -> None:
+        backend = Away([Fault(2)])
+        core = RequestCore([served(backend)], EdgeLimits(recovery=RecoveryLimits(patience_s=0.05)))
+        with pytest.raises(Unavailable, match=r"within 0\.05 s"):
+            await core.complete(ask())
+        assert not core.num_open
+        backend = Away([Fault(2)])
+        core = RequestCore([served(backend)])
+        asyncio.get_running_loop().call_later(0.05, backend.back.set)
+        answer = await core.complete(ask())
+        assert answer.usage.queued_s >= 0.04
+        backend = Away([Fault(2)])
+        core = RequestCore([served(backend)])
+        with pytest.raises(TimeoutError):
+            await core.complete(ask(), timeout_s=0.05)
+        assert not core.num_open
+
+    run(test())
+
+
+def test_the_first_engine_may_refuse_and_a_later_one_may_not() -> None:
+    async def test() -> None:
+        core = RequestCore([served(StubBackend(LIMITS, faults=[Fault(0, refuses=True)]))])
+        with pytest.raises(Overloaded):
+            await core.complete(ask())
+        core = RequestCore([served(StubBackend(LIMITS, faults=[Fault(2), *[Fault(0, refuses=True)] * 3]))])
+        assert (await core.complete(ask())).usage.migrations == 1
+
+    run(test())
+
+
+def test_a_rank_that_was_asked_for_is_not_asked_for_again() -> None:
+    class Asked(StubBackend):
+        def start(self, sequences: Any) -> Any:
+            ranks.append(sequences[0].diagnostics.rank)
+            return super().start(sequences)
+
+    ranks: list[str] = []
+
+    async def test() -> None:
+        core = RequestCore([served(Asked(LIMITS, faults=[Fault(1)]))])
+        await core.complete(ask(diagnostics=pb.Diagnostics(rank="rank 3")))
+        assert ranks == ["rank 3", ""]
+
+    run(test())
+
+
+def kills_at(position: int, prompt: str) -> Callable[[SequenceRequest, int], bool]:
+    ids = tuple(ord(c) - 32 for c in prompt)
+    return lambda sequence, at: sequence.prompt_ids == ids and at == position
+
+
+@pytest.mark.parametrize("position", [0, 3])
+def test_a_request_that_killed_two_engines_is_not_tried_a_third_time(position: int) -> None:
+    async def test() -> None:
+        async with rig(StubBackend(LIMITS, poison=kills_at(position, "bad"))) as it:
+            said = await refused(it.generate(ask("bad", request_id="mine")))
+            assert (said.code, said.reason, said.request_id) == (grpc.StatusCode.INTERNAL, "QUARANTINED", "mine")
+            assert it.backend.num_deaths == 2
+            (incident,) = it.core.incidents.latest()
+            assert incident.name in said.message
+            assert (incident.request_id, incident.num_prompt_tokens) == ("mine", 3)
+            assert incident.num_output_tokens == (position,)
+            assert [death.engine for death in incident.deaths] == ["stub 1", "stub 2"]
+            again = ask("bad", request_id="mine", resume=pb.Resume())
+            assert (await refused(it.generate(again))).reason == "QUARANTINED"
+            assert it.backend.num_deaths == 2
+            assert (await it.generate(ask("good")))[-1].usage.output_tokens == 8
+
+    run(test())
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_its_neighbours_come_through(n: int) -> None:
+    """They lose their engine with it, before their replays have had a token; only the one that kills is refused."""
+
+    async def test() -> None:
+        backend = StubBackend(LIMITS, step_s=0.001, poison=kills_at(5, "bad"))
+        core = RequestCore([served(backend)])
+        texts = [f"good {i}" for i in range(12)]
+        output = pb.OutputParams(n=n)
+        asked = [core.complete(ask(text, output=output)) for text in [*texts[:6], "bad", *texts[6:]]]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        bad = answers.pop(6)
+        assert isinstance(bad, Quarantined)
+        assert backend.num_deaths <= 3
+        healthy = RequestCore([served()])
+        for text, answer in zip(texts, answers, strict=True):
+            assert isinstance(answer, Completion), answer
+            assert same_answer(answer, await healthy.complete(ask(text, output=output)))
+        assert not core.num_open
+
+    run(test())
+
+
+def test_who_got_further_is_innocent_and_so_is_who_was_asked_to_go() -> None:
+    async def test() -> None:
+        for faults in ([Fault(1)] * 6, [Fault(0, died=False)] * 6):
+            core = RequestCore([served(StubBackend(LIMITS, faults=faults))], MANY)
+            assert (await core.complete(ask())).usage.migrations == 6
+        core = RequestCore([served(StubBackend(LIMITS, faults=[Fault(2), Fault(0, died=False), Fault(0)]))], MANY)
+        with pytest.raises(Quarantined):
+            await core.complete(ask())
+
+    run(test())
+
+
+def test_the_engine_is_told_to_drop_what_was_lost_only_in_part() -> None:
+    """One sequence of three is given up by an engine that is well: all go on elsewhere, and the two are cancelled."""
+
+    async def test() -> None:
+        backend = StubBackend(LIMITS)
+        core = RequestCore([served(backend)])
+        with await core.open(ask(output=pb.OutputParams(n=3), request_id="r")) as stream:
+            await stream.next()
+            (first,) = backend.streams
+            del first.positions["r/1"]
+            first.next = lost  # type: ignore[method-assign]
+            rest = [event async for event in stream]
+        assert sorted(backend.cancelled) == ["r/0", "r/2"]
+        assert rest[-1].usage is not None
+        assert (rest[-1].usage.output_tokens, rest[-1].usage.migrations) == (24, 1)
+
+    async def lost() -> Any:
+        raise EngineLost("given up", died=False)
+
+    run(test())
