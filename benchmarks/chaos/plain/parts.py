@@ -1,5 +1,5 @@
-"""The processes of a cluster without Ray, one function for each. What they run is what runs under Ray; here it is started
-by ``keeper`` and reached by ``calls``.
+"""The processes of a cluster without Ray, one function for each. What they run is what runs under Ray; here ``keeper``
+starts it, and it is reached by ``calls``.
 
     python -m benchmarks.chaos.plain.parts directory|group|rank|gateway ORDERS
 """
@@ -7,7 +7,6 @@ by ``keeper`` and reached by ``calls``.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import sys
@@ -48,9 +47,7 @@ ORDERS = TypeAdapter(Orders)
 async def directory(orders: Orders) -> None:
     """For ever. One that is started again does not know whom to expect."""
     known = frozenset(f"group-{number}" for number in range(orders.config.cluster.groups))
-    first = not Path(orders.folder, "directory").exists()
-    Path(orders.folder, "directory").touch()
-    server = DirectoryServer(frozenset() if first else known)
+    server = DirectoryServer(frozenset() if _is_first(orders) else known)
     listening = await asyncio.start_server(
         lambda reader, writer: answer(reader, writer, server, DirectoryCalls),
         orders.here,
@@ -58,6 +55,15 @@ async def directory(orders: Orders) -> None:
         limit=LONGEST,
     )
     await listening.serve_forever()
+
+
+def _is_first(orders: Orders) -> bool:
+    mark = Path(orders.folder, "directory")
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 async def gateway(orders: Orders) -> None:
@@ -90,7 +96,7 @@ def command(role: str, orders: Orders) -> list[str]:
         "-m",
         "benchmarks.chaos.plain.parts",
         role,
-        json.dumps(ORDERS.dump_python(orders, mode="json")),
+        ORDERS.dump_json(orders).decode(),
     ]
 
 

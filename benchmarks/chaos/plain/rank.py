@@ -1,4 +1,4 @@
-"""A rank as a plain process: ``RankProcess``, answering its group's supervisor over the connection that it opens to it."""
+"""A rank as a plain process: ``RankProcess``, answering the supervisor over the connection that it opens to it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import asyncio
 import json
 import os
 import sys
+from dataclasses import asdict
 from typing import Any
 
 from benchmarks.chaos.plain.calls import LONGEST, answer
-from pydantic import TypeAdapter
 
 from moestro.cluster.config import Config
 from moestro.cluster.ranks.process import RankProcess
@@ -22,7 +22,7 @@ def orders_of(config: Config, place: RankPlace, supervisor: tuple[str, int]) -> 
     """What the process is told."""
     told = {
         "config": config.model_dump(mode="json"),
-        "place": TypeAdapter(RankPlace).dump_python(place, mode="json"),
+        "place": asdict(place),
         "supervisor": supervisor,
     }
     return json.dumps(told)
