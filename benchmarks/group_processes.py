@@ -102,15 +102,17 @@ def _rank(
     from moestro.router.mesh import StoreAddress
     from moestro.router.parallel import GroupShape
     from moestro.router.rebalance.config import Config
-    from moestro.workers.rank_setup import GroupPlace, RankSpec, build_rank
+    from moestro.workers import epoch
+    from moestro.workers.full_group import GroupPlace, build_rank
+    from moestro.workers.rank_setup import RankSpec
     from moestro.workers.rebalancing.setup import ExpertsSpec
 
     experts = ExpertsSpec(rebalance=Config(**rebalance))
     rank_spec = RankSpec(**spec, shape=GroupShape(size), threads=1, experts=experts)
+    observing = _Stopwatch(epoch.group_experts)
+    epoch.group_experts = observing.make  # type: ignore[assignment]
     built = build_rank(rank_spec, GroupPlace(rank, 0, StoreAddress(host, port)))
     module, _, name = prompts.partition(":")
-    observing = _Stopwatch(built.loop._experts)
-    built.loop._experts = observing  # type: ignore[assignment]
     clients = _Clients(built.loop, observing, getattr(import_module(module), name), random.Random(f"{seed} {rank}"))
     thread = threading.Thread(target=built.loop.run, args=(clients.publish,))
     thread.start()
@@ -122,7 +124,6 @@ def _rank(
             pipe.send(asdict(clients.run(Phase(**message))))
     built.loop.stop()
     thread.join()
-    built.close()
 
 
 @dataclass(slots=True)
@@ -136,9 +137,14 @@ class _Open:
 class _Stopwatch:
     """A rank's part in observing and moving experts, timed."""
 
-    def __init__(self, experts: Any) -> None:
-        self._experts = experts
+    def __init__(self, group_experts: Callable[..., Any]) -> None:
+        self._group_experts = group_experts
+        self._experts: Any = None
         self._spent_s = self._steps_s = 0.0
+
+    def make(self, *args: Any, **kwargs: Any) -> _Stopwatch:
+        self._experts = self._group_experts(*args, **kwargs)
+        return self
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._experts, name)

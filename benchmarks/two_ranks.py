@@ -117,7 +117,8 @@ def _rank(pipe: Connection, kind: Kind, model: str, rank: int, address: Any) -> 
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from moestro.router.parallel import GroupShape
     from moestro.router.rebalance.config import Config
-    from moestro.workers.rank_setup import GroupPlace, RankSpec, build_rank
+    from moestro.workers.full_group import GroupPlace, build_rank
+    from moestro.workers.rank_setup import RankSpec
     from moestro.workers.rebalancing.setup import ExpertsSpec
 
     experts = ExpertsSpec(rebalance=Config(enabled=False), transport=kind.transport)  # type: ignore[arg-type]
@@ -131,7 +132,6 @@ def _rank(pipe: Connection, kind: Kind, model: str, rank: int, address: Any) -> 
         pipe.send(clients.run(batch))
     built.loop.stop()
     thread.join()
-    built.close()
 
 
 class _Clients:
@@ -176,7 +176,7 @@ class _Clients:
             self._done.set()
 
     def _banks(self) -> list[Any]:
-        layers = self._loop._engine.runner.model.layers
+        layers = self._loop.model.layers
         return [layer.mlp.bank for layer in layers if hasattr(layer.mlp, "bank")]
 
     def _seconds(self) -> tuple[float, float]:

@@ -12,8 +12,8 @@ from moestro.protos import wire
 from moestro.protos.errors import Unavailable
 from moestro.protos.gen import rank_pb2 as pb
 from moestro.protos.sequences import EngineLimits, SequenceRequest
+from moestro.workers.full_group import BuiltRank
 from moestro.workers.rank_loop import StepOutput
-from moestro.workers.rank_setup import BuiltRank
 
 
 class LocalBackend:

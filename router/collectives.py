@@ -97,8 +97,8 @@ class Collectives:
         return total.to(x.dtype)
 
     def close(self) -> None:
-        """Peers that wait for this rank, or will, see a lost connection. A call that waits ends: over NCCL at once, over
-        gloo when its peers leave or its time is up. A second call does nothing."""
+        """Peers that wait for this rank, or will, see a lost connection. A call that waits ends: over NCCL at
+        once, over gloo when its peers leave or its time is up. A second call does nothing."""
         backend, self._backend = self._backend, None
         if backend is not None:
             backend.abort()  # does nothing in gloo, whose connections close when its last reference is gone

@@ -9,7 +9,7 @@ What outlives it is the worker's share (weights, cache) and its scheduler.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ from moestro.router.mesh import Mesh, StoreAddress, alone, join
 from moestro.router.view import View
 from moestro.workers.interruption import Interruption
 from moestro.workers.lockstep import Lockstep, make_lockstep
-from moestro.workers.model.decoder import Decoder
+from moestro.workers.memory_plan import spare_ranks
 from moestro.workers.rank_loop import Account
 from moestro.workers.rank_setup import RankSpec, Share, runner_over, spread_over
 from moestro.workers.rebalancing.group_experts import GroupExperts, NoExperts
@@ -39,94 +39,109 @@ WATCHDOG_S = {"cpu": 3.0, "cuda": 30.0}
 
 
 @dataclass(frozen=True, slots=True)
+class Meeting:
+    """With whom a worker comes together, and where."""
+
+    view: View
+    rank: int
+    store: StoreAddress
+    hostname: str  # this machine as its peers call it
+    interruption: Interruption
+
+    @property
+    def is_alone(self) -> bool:
+        return len(self.view.members) == 1
+
+
+@dataclass(frozen=True, slots=True)
 class Epoch:
     """What a worker has while its group stands."""
 
     mesh: Mesh
     lockstep: Lockstep
-    model: Decoder
     runner: StepRunner
     experts: GroupExperts | NoExperts
-    is_same_turn: bool  # this rank's tensor-parallel set came with one history, and goes on with it
+    spare_ranks: int  # that the group can lose before the others cannot hold all experts
 
 
 @contextmanager
-def formed(
-    view: View, rank: int, share: Share, model: Decoder, account: Account, store: StoreAddress, hostname: str,
-    interruption: Interruption,
-) -> Iterator[Epoch]:  # fmt: skip
-    """Comes together with the other members of ``view``, as ``rank``; leaves them when the block ends, or the
-    interruption comes. ``model`` is what the last epoch left, or the share's own.
+def formed(meeting: Meeting, share: Share, account: Account, begin_anew: Callable[[], None]) -> Iterator[Epoch]:
+    """Comes together with the other members of a view; leaves them when the block ends, or the interruption comes.
+    ``begin_anew`` is called when the ranks of this tensor-parallel set are no replicas of each other any more.
 
     Raises GroupBroken when the group cannot form or is broken again, Superseded when the interruption comes,
-    ConfigError and CheckpointError for what is this worker's own fault."""
+    ConfigError, CheckpointError and ExpertsDoNotFit for what another view of the same members would not mend."""
+    view, interruption, spec = meeting.view, meeting.interruption, share.spec
     with ExitStack() as leaving:
-        mesh = _meet(view, rank, share.spec, store, hostname, share.device, interruption)
+        mesh = _meet(meeting, spec, share.device)
         leaving.callback(mesh.close)
         interruption.then(mesh.close)
         _agree(mesh, share.backend.name, account.turns)
-        is_same_turn = _compare(mesh, account)
+        if not _are_replicas(mesh, account):
+            begin_anew()
         share.seat.join(mesh.tp)
-        node_of_rank = _nodes(share.spec, view)
+        config, node_of_rank = share.model.config, _nodes(spec, view)
         regrouped = regroup(
-            model,
+            share.model,
             mesh.control,
-            partial(spread_over, mesh, share.spec, model.config, model.cache_spec.dtype, node_of_rank),
+            partial(spread_over, mesh, spec, config, share.model.cache_spec.dtype, node_of_rank),
             share.open_source,
-            most_slots=model.config.num_experts,
-            redundant=share.spec.experts.redundant,
+            most_slots=config.num_experts,
+            redundant=spec.experts.redundant,
             superseded=interruption.event,
         )
-        model = regrouped.model
-        runner = runner_over(share.spec, model, share.cache, share.limits, view.shape, share.device)
-        lockstep = make_lockstep(mesh, store, timeout_s=FORMING_S)
+        runner = runner_over(spec, regrouped.model, share.cache, share.limits, view.shape, share.device)
+        lockstep = make_lockstep(mesh, meeting.store, timeout_s=FORMING_S)
         leaving.callback(lockstep.close)
         interruption.then(lockstep.close)
         experts = group_experts(
-            share.spec.experts, model, lockstep, rank=rank, node_of_rank=node_of_rank, open_source=share.open_source
+            spec.experts,
+            regrouped.model,
+            lockstep,
+            rank=meeting.rank,
+            node_of_rank=node_of_rank,
+            open_source=share.open_source,
         )
         leaving.callback(experts.close)
-        _await_all(view, rank, store, interruption)
-        yield Epoch(mesh, lockstep, model, runner, experts, is_same_turn)
+        _await_all(meeting)
+        spare = spare_ranks(config.num_experts, len(view.members), view.tp, regrouped.most_slots)
+        yield Epoch(mesh, lockstep, runner, experts, spare)
 
 
-def _meet(
-    view: View, rank: int, spec: RankSpec, store: StoreAddress, hostname: str, device: torch.device,
-    interruption: Interruption,
-) -> Mesh:  # fmt: skip
-    if len(view.members) == 1:
+def _meet(meeting: Meeting, spec: RankSpec, device: torch.device) -> Mesh:
+    if meeting.is_alone:
         return alone(device)
 
     def meet() -> Mesh:
         return join(
-            view.shape,
-            rank,
-            store.connect(FORMING_S),
+            meeting.view.shape,
+            meeting.rank,
+            meeting.store.connect(FORMING_S),
             device_kind="cuda" if device.type == "cuda" else "cpu",
-            epoch=view.epoch,
+            epoch=meeting.view.epoch,
             timeout_s=spec.watchdog_s or WATCHDOG_S[device.type],
             forming_s=FORMING_S,
-            hostname=hostname,
+            hostname=meeting.hostname,
         )
 
     try:
-        return interruption.bounds(meet, Mesh.close)
+        return meeting.interruption.bounds(meet, Mesh.close)
     except RuntimeError as error:  # torch says no more of it: a member did not come, or is gone again
         raise GroupBroken(f"the group did not form: {error}") from error
 
 
-def _await_all(view: View, rank: int, store: StoreAddress, interruption: Interruption) -> None:
+def _await_all(meeting: Meeting) -> None:
     """Reading experts and capturing steps may take one rank longer than a collective waits for it."""
-    if len(view.members) == 1:
+    if meeting.is_alone:
         return
 
     def wait() -> None:
-        ready = store.connect(FORMING_S, f"epoch/{view.epoch}/ready")
-        ready.set(str(rank), "")
-        ready.wait([str(each) for each in range(len(view.members))])
+        ready = meeting.store.connect(FORMING_S, f"epoch/{meeting.view.epoch}/ready")
+        ready.set(str(meeting.rank), "")
+        ready.wait([str(rank) for rank in range(len(meeting.view.members))])
 
     try:
-        interruption.bounds(wait, lambda _: None)
+        meeting.interruption.bounds(wait, lambda _: None)
     except RuntimeError as error:
         raise GroupBroken(f"not all ranks became ready: {error}") from error
 
@@ -147,13 +162,11 @@ def _agree(mesh: Mesh, backend: BackendName, turns: int) -> None:
     raise ConfigError(problem) if mesh.rank in others else GroupBroken(problem)
 
 
-def _compare(mesh: Mesh, account: Account) -> bool:
-    """Whether this tensor-parallel set's ranks are replicas of each other. All have one account when this returns.
-    Collective within the set."""
+def _are_replicas(mesh: Mesh, account: Account) -> bool:
+    """Whether the ranks of this tensor-parallel set went the same way so far. Collective within the set."""
     if mesh.tp_control is None:
         return True
     histories = mesh.tp_control.all_gather(torch.tensor(account.history)).tolist()
-    account.turns, account.applied, account.messages = map(max, zip(*histories, strict=True))
     return all(history == histories[0] for history in histories)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, InvalidStateError
+from functools import partial
 from typing import TypeVar
 
 from moestro.workers.regroup import Superseded
@@ -44,9 +45,9 @@ class Interruption:
             try:
                 result = work()
             except BaseException as error:
-                _settle(lambda: outcome.set_exception(error))
+                _settle(partial(outcome.set_exception, error))
             else:
-                if not _settle(lambda: outcome.set_result(result)):
+                if not _settle(partial(outcome.set_result, result)):
                     discard(result)
 
         threading.Thread(target=run, name="forming", daemon=True).start()

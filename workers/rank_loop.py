@@ -79,17 +79,24 @@ class Inbox:
 class Account:
     """What a worker has done over all its epochs. The engine's thread writes, any thread reads.
 
-    The first three are the whole history of a scheduler that hears only of turns: two that are replicas of each other
-    are in the same state when these agree."""
+    A scheduler hears of nothing but turns, so two that are replicas of each other are in the same state when their
+    histories agree."""
 
     turns: int = 0  # plans made
     applied: int = 0  # of them those that were computed, or skipped since nobody had anything to compute
     messages: int = 0  # heard
     turn_since_s: float | None = None  # when the turn that now runs began; None asleep
+    _began: tuple[int, int, int, int] = (0, 0, 0, 0)  # epoch, and the three above, when the scheduler was new
 
     @property
-    def history(self) -> tuple[int, int, int]:
-        return self.turns, self.applied, self.messages
+    def history(self) -> tuple[int, int, int, int]:
+        """Of the scheduler: the epoch in which it was new, and what was done since."""
+        epoch, turns, applied, messages = self._began
+        return epoch, self.turns - turns, self.applied - applied, self.messages - messages
+
+    def begin_anew(self, epoch: int) -> None:
+        """From here on it is a new scheduler."""
+        self._began = epoch, self.turns, self.applied, self.messages
 
 
 class RankLoop:
@@ -139,7 +146,7 @@ class RankLoop:
                 return False
             self._experts.turn(agreement)
             deltas = engine.skip(plan, now) if agreement.idle else self._compute(plan, agreement)
-        except GroupBroken:
+        except Exception:
             engine.abandon(plan)
             raise
         account.applied += 1

@@ -103,9 +103,7 @@ def load_share(
         placements = start_placements(spec.experts, checkpoint.config, spec.shape.world_size)
         held = [placement.slots[seat] for placement in placements]
     place = TensorParallelSeat(spec.shape.tp_rank(seat), spec.shape.tp)
-    model = read_share(
-        checkpoint, held, dtype=dtype, device=device, backend=backend, tp=place, on_progress=on_progress
-    )
+    model = read_share(checkpoint, held, dtype=dtype, device=device, backend=backend, tp=place, on_progress=on_progress)
     cache, limits = _cache(spec, model)
     return Share(
         spec, checkpoint, backend, device, model, place, cache, limits, partial(open_source, checkpoint, dtype, device)

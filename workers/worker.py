@@ -10,20 +10,22 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from moestro.protos.experts import ExpertsReport, PlacementRequest
 from moestro.protos.sequences import EngineLimits, EngineLoad
 from moestro.router.collectives import GroupBroken
 from moestro.router.mesh import StoreAddress
+from moestro.router.placement import EMPTY
 from moestro.router.view import View
 from moestro.workers.engine import Engine
-from moestro.workers.epoch import Epoch, formed
+from moestro.workers.epoch import Epoch, Meeting, formed
 from moestro.workers.interruption import Interruption
 from moestro.workers.loading import OnProgress
 from moestro.workers.model.decoder import Decoder
 from moestro.workers.rank_loop import Account, Inbox, Outbox, RankLoop, StepOutput
 from moestro.workers.rank_setup import RankSpec, Share, load_share
-from moestro.workers.rebalancing.group_experts import NoExperts
+from moestro.workers.rebalancing.group_experts import GroupExperts, NoExperts
 from moestro.workers.regroup import Superseded
 from moestro.workers.scheduler import Scheduler
 from moestro.workers.worker_state import WorkerPhase, WorkerState
@@ -42,7 +44,8 @@ class LoadedWorker:
 
 
 class Worker:
-    """``load``, then ``run`` on a thread of its own; everything else may be called from any thread."""
+    """``load``, then ``run`` on a thread of its own. Everything else may be called from any thread, ``form``, ``state``
+    and ``stop`` also before."""
 
     def __init__(
         self,
@@ -61,15 +64,15 @@ class Worker:
         self._on_state, self._on_progress = on_state, on_progress
         self._inbox = Inbox()
         self._account = Account()
-        self._share: Share | None = None
-        self._model: Decoder | None = None
-        self._scheduler: Scheduler | None = None
-        self._changed = threading.Condition()  # guards the five below
+        self._share: Share
+        self._scheduler: Scheduler
+        self._changed = threading.Condition()  # guards the six below
         self._told = WorkerState(WorkerPhase.LOADING)
         self._wanted: View | None = None
         self._stopping = False
         self._interruption = Interruption()  # of what is under way
         self._epoch: Epoch | None = None
+        self._experts: GroupExperts | NoExperts | None = None  # of the last epoch
 
     def load(self, held: Sequence[Sequence[int]] | None = None) -> LoadedWorker:
         """Reads this seat's weights; alone, whatever the group does meanwhile. ``held``: by mixture layer the logical
@@ -79,14 +82,13 @@ class Worker:
         except BaseException as error:
             self._tell(WorkerPhase.FAILED, reason=_reason(error))
             raise
-        self._share, self._model, self._scheduler = share, share.model, share.scheduler()
+        self._share, self._scheduler = share, share.scheduler()
         self._tell(WorkerPhase.READY)
         return LoadedWorker(share.limits, self._scheduler.load(), str(share.device), share.backend.name)
 
     def run(self, publish: Callable[[StepOutput], None]) -> None:
         """Serves view after view until stopped. ``publish`` is called on this thread and must not block. Raises what is
         this worker's own fault, never what is a peer's."""
-        assert self._share is not None, "load comes first"
         outbox = Outbox(publish)
         try:
             while (view := self._next_view()) is not None:
@@ -138,9 +140,9 @@ class Worker:
         )
 
     def experts(self) -> ExpertsReport:
-        """What the group knows of its experts; nothing, while it forms."""
-        epoch = self._epoch
-        return (NoExperts(self._architecture) if epoch is None else epoch.experts).report()
+        """What the group knows of its experts, or knew when it last stood."""
+        experts = self._experts
+        return (NoExperts(self.model.config.architecture) if experts is None else experts).report()
 
     def request_placement(self, request: PlacementRequest) -> None:
         """Asks the whole group to move its experts. Raises ValueError when it cannot be done."""
@@ -149,14 +151,15 @@ class Worker:
             raise ValueError("the group is being formed")
         epoch.experts.request(request)
 
+    @property
+    def model(self) -> Decoder:
+        """The weights that are held here, for those who look at them."""
+        return self._share.model
+
     def holdings(self) -> tuple[tuple[int, ...], ...]:
         """By mixture layer: the logical experts that are held here."""
-        banks = () if self._model is None else self._model.banks.values()
-        return tuple(tuple(sorted(expert for expert in bank.held if expert >= 0)) for bank in banks)
-
-    @property
-    def _architecture(self) -> str:
-        return "" if self._model is None else self._model.config.architecture
+        banks = self.model.banks.values()
+        return tuple(tuple(sorted(expert for expert in bank.held if expert != EMPTY)) for bank in banks)
 
     def _next_view(self) -> View | None:
         """The newest view that is not served or lost yet; None to stop."""
@@ -169,29 +172,26 @@ class Worker:
 
     def _serve(self, view: View, outbox: Outbox) -> None:
         """One epoch, from its forming to its end."""
-        assert self._share is not None
-        assert self._model is not None
         interruption = self._interruption
         rank = view.rank_of(self._worker)
         if rank is None:
             self._tell(WorkerPhase.BROKEN, view.epoch, f"epoch {view.epoch} goes on without this worker")
             return
         self._tell(WorkerPhase.JOINING, view.epoch)
+        meeting = Meeting(view, rank, self._store, self._hostname, interruption)
         try:
-            with formed(
-                view, rank, self._share, self._model, self._account, self._store, self._hostname, interruption
-            ) as epoch:
-                self._model = epoch.model
-                if not epoch.is_same_turn:
-                    self._give_up(outbox)
+            with formed(meeting, self._share, self._account, partial(self._begin_anew, view.epoch, outbox)) as epoch:
                 if self._enter(epoch, interruption):
                     self._loop(epoch, outbox).run()
                     self._stopping = True  # the group has agreed to
         except Superseded:
             pass
-        except GroupBroken as error:
-            if not interruption.event.is_set():
-                self._tell(WorkerPhase.BROKEN, view.epoch, str(error))
+        except RuntimeError as error:
+            if interruption.event.is_set():  # called away in the middle of something
+                return
+            if not isinstance(error, GroupBroken):
+                raise
+            self._tell(WorkerPhase.BROKEN, view.epoch, str(error))
         finally:
             self._epoch = None
 
@@ -200,26 +200,24 @@ class Worker:
         with self._changed:
             if interruption.event.is_set():
                 return False
-            self._epoch = epoch
+            self._epoch, self._experts = epoch, epoch.experts
             if self._stopping:
                 epoch.lockstep.stop()
-        self._tell(WorkerPhase.SERVING, self._told.epoch)
+            self._told = replace(self._told, spare_ranks=epoch.spare_ranks)
+        self._tell(WorkerPhase.SERVING)
         return True
 
     def _loop(self, epoch: Epoch, outbox: Outbox) -> RankLoop:
-        assert self._share is not None
-        assert self._scheduler is not None
         engine = Engine(self._scheduler, epoch.runner, self._share.limits)
         return RankLoop(engine, epoch.lockstep, epoch.experts, self._inbox, outbox, self._account)
 
-    def _give_up(self, outbox: Outbox) -> None:
+    def _begin_anew(self, epoch: int, outbox: Outbox) -> None:
         """The ranks of this tensor-parallel set were parted in different turns: nobody can say which of them is right,
-        so they begin anew with nothing."""
-        assert self._share is not None
-        assert self._scheduler is not None
+        so all go on with nothing."""
         reason = "its tensor-parallel ranks were parted in different turns"
         lost = [(sequence_id, reason) for sequence_id in self._scheduler.sequence_ids]
         self._scheduler = self._share.scheduler()
+        self._account.begin_anew(epoch)
         outbox.put(StepOutput([], [], self._scheduler.load(), lost))
         outbox.flush()
         with self._changed:

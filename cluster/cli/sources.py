@@ -35,7 +35,7 @@ async def _local(model: Path | None) -> AsyncIterator[Source]:
     from moestro.cluster.gateway import edge_limits, served_model
     from moestro.cluster.local_backend import LocalBackend
     from moestro.cluster.serving.rank_spec import rank_spec
-    from moestro.workers.rank_setup import build_rank
+    from moestro.workers.full_group import build_rank
 
     config = load_config(None, {"model": {"path": model}, "cluster": {"dp": 1}})
     backend = LocalBackend(build_rank(rank_spec(config)))

@@ -14,8 +14,12 @@ from moestro.protos.gen import rank_pb2 as pb
 from moestro.protos.sequences import SamplingParams, SequenceRequest
 from moestro.router.mesh import StoreAddress
 from moestro.router.parallel import GroupShape
+from moestro.router.view import Member, View
+from moestro.workers.full_group import GroupPlace, build_rank
 from moestro.workers.rank_loop import StepOutput
-from moestro.workers.rank_setup import GroupPlace, RankSpec, build_rank
+from moestro.workers.rank_setup import RankSpec
+from moestro.workers.worker import Worker
+from moestro.workers.worker_state import WorkerPhase, WorkerState
 
 WAIT_S = 60.0
 
@@ -97,7 +101,6 @@ def _generate(
         built.loop.stop()
     thread.join(WAIT_S)
     assert not thread.is_alive(), "the loop did not stop with the group"
-    built.close()
     return tokens
 
 
@@ -110,8 +113,13 @@ def _all_here(store: Any, what: str, world_size: int) -> None:
 def with_kernels_of_its_own(rank: int, world_size: int, address: StoreAddress, model: str) -> str:
     """What a rank says whose host has led to other kernels than its peer's."""
     spec = RankSpec(model, shape=GroupShape(world_size), kernels="auto" if rank == 0 else "plain", threads=1)
+    states: list[WorkerState] = []
+    worker = Worker(spec, address, rank, rank, on_state=states.append)
+    worker.load()
+    worker.form(View(1, tuple(Member(each, each) for each in range(world_size))))
+    threading.Timer(5.0, worker.stop).start()
     try:
-        build_rank(spec, GroupPlace(rank, 0, address))
+        worker.run(lambda output: None)
     except ConfigError as error:
         return str(error)
-    return ""
+    return next(state.reason for state in states if state.phase is WorkerPhase.BROKEN)

@@ -23,12 +23,15 @@ from moestro.router.random_placement import random_placement
 from moestro.router.rebalance.config import Config
 from moestro.router.transports.choose import TransportKind
 from moestro.workers.checkpoint import open_checkpoint
+from moestro.workers.full_group import BuiltRank, GroupPlace, build_rank
 from moestro.workers.loading import open_source
 from moestro.workers.model.decoder import Decoder
 from moestro.workers.model.moe import expert_fill
-from moestro.workers.rank_loop import RankLoop, StepOutput
-from moestro.workers.rank_setup import BuiltRank, GroupPlace, RankSpec, build_rank
+from moestro.workers.rank_loop import StepOutput
+from moestro.workers.rank_setup import RankSpec
 from moestro.workers.rebalancing.setup import ExpertsSpec
+from moestro.workers.worker import Worker
+from moestro.workers.worker_state import WorkerPhase
 
 WAIT_S = 60.0
 OFF = Config(enabled=False)
@@ -48,7 +51,7 @@ class Server:
         )  # fmt: skip
         self.rank, self.size = rank, size
         self.built: BuiltRank = build_rank(spec, GroupPlace(rank, 0, address))
-        self.loop: RankLoop = self.built.loop
+        self.loop: Worker = self.built.loop
         self.store = address.connect(WAIT_S)
         self.failure: BaseException | None = None
         self._tokens: dict[str, list[int]] = {}
@@ -86,6 +89,11 @@ class Server:
             self.store.set(what, b"")
         self.store.wait([what])
 
+    def await_epoch(self) -> Any:
+        while (epoch := self.loop._epoch) is None:
+            time.sleep(0.01)
+        return epoch
+
     def await_report(self, holds: Callable[[Any], bool]) -> Any:
         deadline = time.monotonic() + WAIT_S
         while not holds(report := self.loop.experts()):
@@ -100,12 +108,10 @@ class Server:
         self.thread.join(WAIT_S)
         assert not self.thread.is_alive()
         assert self.failure is None, self.failure
-        self.built.close()
 
     @property
     def decoder(self) -> Decoder:
-        model: Any = self.loop._engine.runner.model
-        return model
+        return self.loop.model
 
     def torn_slots(self, model: str) -> list[str]:
         """Slots whose weights are not those of the expert that the layout names."""
@@ -186,9 +192,13 @@ def killed_while_moving(
     server.all_here("moving")
     if rank == world_size - 1:
         os.kill(os.getpid(), signal.SIGKILL)
+    deadline = time.monotonic() + WAIT_S
+    while server.loop.state.phase is not WorkerPhase.BROKEN:
+        assert time.monotonic() < deadline, "nobody noticed"
+        time.sleep(0.01)
+    server.loop.stop()  # it waits for another view
     server.thread.join(WAIT_S)
-    assert not server.thread.is_alive(), "nobody noticed"
-    assert server.failure is not None
+    assert not server.thread.is_alive()
     even = spread(8, world_size).slots
     return {
         "torn": server.torn_slots(model),
@@ -199,7 +209,8 @@ def killed_while_moving(
 def fail_to_load(rank: int, world_size: int, address: StoreAddress, model: str) -> dict[str, Any]:
     """The checkpoint can no longer be read on one rank: the move ends, all go on serving, and a later one succeeds."""
     server = Server(rank, world_size, address, model, ExpertsSpec(rebalance=OFF))
-    experts: Any = server.loop._experts
+    server.all_here("formed")
+    experts: Any = server.await_epoch().experts
     readable = experts._open_source
     if rank == 1:
 
@@ -296,7 +307,7 @@ def ask_for_deep_ep(rank: int, world_size: int, address: StoreAddress, model: st
     """What is said where DeepEP is asked for and is not there."""
     spec = RankSpec(model, device="cpu", shape=GroupShape(world_size), experts=ExpertsSpec(transport="deep_ep"))
     try:
-        build_rank(spec, GroupPlace(rank, 0, address))
+        build_rank(spec, GroupPlace(rank, 0, address)).loop.run(lambda output: None)
     except ConfigError as error:
         return str(error)
     return "it was built"

@@ -20,10 +20,13 @@ from moestro.router.placement import Placement, spread
 from moestro.router.placement_file import Shape, save_placements
 from moestro.router.rebalance.config import Config
 from moestro.workers.checkpoint import open_checkpoint
-from moestro.workers.rank_loop import RankLoop, StepOutput
-from moestro.workers.rank_setup import RankSpec, build_rank
+from moestro.workers.full_group import build_rank
+from moestro.workers.rank_loop import StepOutput
+from moestro.workers.rank_setup import RankSpec
 from moestro.workers.rebalancing.commands import decode, encode, wanted_placements
 from moestro.workers.rebalancing.setup import ExpertsSpec, start_placements
+from moestro.workers.worker import Worker
+from moestro.workers.worker_state import WorkerPhase
 
 WAIT_S = 20.0
 TOP_K, EXPERTS, LAYERS = 3, 8, 2
@@ -40,11 +43,13 @@ class Serving:
 
     def __init__(self, model: Path) -> None:
         experts = ExpertsSpec(rebalance=Config(enabled=False))
-        self.loop: RankLoop = build_rank(RankSpec(str(model), threads=1, kv_bytes=2**20, experts=experts)).loop
+        self.loop: Worker = build_rank(RankSpec(str(model), threads=1, kv_bytes=2**20, experts=experts)).loop
         self.ended: dict[str, threading.Event] = {}
         self.tokens: dict[str, list[int]] = {}
         self.thread = threading.Thread(target=self.loop.run, args=(self._publish,))
         self.thread.start()
+        while self.loop.state.phase is not WorkerPhase.SERVING:
+            time.sleep(0.01)
 
     def _publish(self, output: StepOutput) -> None:
         for delta in output.deltas:
@@ -74,7 +79,6 @@ def serving(folder: Path) -> Iterator[Serving]:
     yield serving
     serving.loop.stop()
     serving.thread.join(WAIT_S)
-    serving.loop.close()
 
 
 def test_every_row_is_counted_before_the_rank_sleeps(serving: Serving) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from moestro.cluster.config import load_config
@@ -18,8 +22,10 @@ from moestro.cluster.local_backend import LocalBackend
 from moestro.cluster.serving.rank_spec import rank_spec
 from moestro.protos.errors import FieldViolation, InvalidRequest
 from moestro.protos.gen import inference_pb2 as pb
-from moestro.workers.rank_setup import build_rank
-from moestro.workers.runner import Model
+from moestro.workers import epoch
+from moestro.workers.full_group import build_rank
+from moestro.workers.rank_setup import runner_over
+from moestro.workers.runner import Model, Runner, StepRunner
 
 Change = Callable[[Model], Model]
 
@@ -38,10 +44,19 @@ async def serving(model: Path | None, dtype: str, change: Change = lambda model:
     """The address of a server of ``model`` (None: the bundled demo), or of what ``change`` makes of it."""
     torch.set_num_threads(1)
     config = load_config(None, {"cluster": {"dp": 1}, "model": {"path": model, "dtype": dtype}})
-    rank = build_rank(rank_spec(config))
-    engine = rank.loop._engine
-    rank.loop._engine = replace(engine, runner=replace(engine.runner, model=change(engine.runner.model)))
-    backend = LocalBackend(rank)
+    formed = threading.Event()
+
+    def changed_runner(*args: Any) -> StepRunner:
+        runner = runner_over(*args)
+        assert isinstance(runner, Runner)
+        formed.set()
+        return replace(runner, model=change(runner.model))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(epoch, "runner_over", changed_runner)
+        rank = build_rank(rank_spec(config))
+        backend = LocalBackend(rank)
+        await asyncio.to_thread(formed.wait)
     core = RequestCore([served_model(config, backend)], edge_limits(config))
     server = GrpcServer(core, OneRank(), "test", GrpcOptions(host="127.0.0.1", port=0))
     port = await server.start()

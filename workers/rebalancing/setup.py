@@ -61,6 +61,7 @@ def group_experts(
     lockstep: Lockstep,
     *,
     rank: int,
+    node_of_rank: tuple[int, ...],
     open_source: OpenSource,
 ) -> GroupExperts | NoExperts:
     """This rank's part in observing and moving the experts of its group."""
@@ -71,10 +72,10 @@ def group_experts(
     shape = next(iter(banks.values())).experts.shape
     rebalancer = Rebalancer(spec.rebalance, placements, shape.num_bytes)
     reporter = Reporter(model.config.architecture, tuple(banks), placements, spec.rebalance.window_s)
-    ranks = topology(spec, placements[0].num_ranks)
+    ranks = Topology(node_of_rank)
     solve = partial(_solve, ranks, placements[0].capacity, model.config.num_expert_groups)
     return GroupExperts(
-        banks, lockstep, rank, ranks.node_of_rank, rebalancer, solve, open_source, reporter, spec.rebalance.window_s
+        banks, lockstep, rank, node_of_rank, rebalancer, solve, open_source, reporter, spec.rebalance.window_s
     )
 
 
