@@ -4,13 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
+# Tests that start processes of their own or look at the clock have the machine to themselves; all others run two at a time.
+ALONE := tests/cluster tests/distributed tests/verify
+
 .PHONY: serve test lint chaos soak env buf clean
 
 serve: env  ## a cluster on this machine, serving the bundled demo model over gRPC
 	$(BIN)/moestro serve $(ARGS)
 
 test: env lint  ## everything that must hold; no GPU, no network
+ifeq ($(strip $(ARGS)),)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ALONE:%=--ignore=%)
+	$(BIN)/python -m pytest $(ALONE)
+else
 	$(BIN)/python -m pytest $(ARGS)
+endif
 
 lint: env
 	$(BIN)/ruff check .

@@ -7,12 +7,21 @@ the edge alone. The edge never knows which it talks to.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from moestro.protos.errors import FieldViolation, InvalidRequest
 from moestro.protos.sequences import EngineLimits, SequenceDelta, SequenceRequest
 
 MAX_NAMED = 8  # ranks and groups named in a refusal
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What a backend serves well at one time of the requests that come through here. More would only wait there."""
+
+    sequences: int
+    tokens: int  # prompt and output
 
 
 class DeltaStream(Protocol):
@@ -30,12 +39,18 @@ class DeltaStream(Protocol):
     def close(self) -> None:
         """Cancels what is left. Idempotent."""
 
+    def num_unread(self) -> int:
+        """Tokens that have come and were not asked for."""
+
 
 class Backend(Protocol):
     """Runs sequences."""
 
     @property
     def limits(self) -> EngineLimits: ...
+
+    def capacity(self) -> Capacity:
+        """As of now: it changes with the ranks there are, with their memory and with what other gateways put there."""
 
     def start(self, sequences: Sequence[SequenceRequest]) -> DeltaStream:
         """Starts the sequences of one request together, on one rank; on that of their diagnostics when these name one.

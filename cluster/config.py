@@ -164,7 +164,9 @@ class AdmissionConfig(Section):
         default=1024, ge=0, le=2**20, description="Requests that wait at a gateway; beyond it RESOURCE_EXHAUSTED."
     )
     max_queued_tokens: int = Field(
-        default=0, ge=0, description="Tokens of prompts that wait at a gateway. 0: as many as its ranks can hold."
+        default=0,
+        ge=0,
+        description="Tokens, prompt and expected output, that wait at a gateway. 0: as many as its ranks hold.",
     )
     max_queue_s: float = Field(
         default=30.0, gt=0, le=86400, description="A request that would wait longer is refused at once."

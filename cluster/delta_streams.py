@@ -38,6 +38,9 @@ class QueuedDeltas:
         for sequence_id in tuple(self._open):
             self.cancel(sequence_id)
 
+    def num_unread(self) -> int:
+        return sum(len(delta.token_ids) for delta in self._deltas)
+
     def put(self, delta: SequenceDelta) -> None:
         self._deltas.append(delta)
         if delta.finish_reason is not None:

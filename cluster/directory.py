@@ -51,6 +51,7 @@ class GroupEntry:
     tp: int
     epoch: int = 0
     ranks: tuple[RankEntry, ...] = ()  # by seat
+    forming: bool = False  # between two views: nothing is computed
     activity: str = ""  # in words, when it is not simply serving at full strength
     spare_ranks: int = 0  # how many more it could lose before the experts no longer fit the others
     recovery: RecoveryTotals = RecoveryTotals()

@@ -15,6 +15,7 @@ from moestro.cluster.directory import GroupEntry
 from moestro.cluster.edge.core import RequestCore
 from moestro.cluster.edge.grpc_server import GrpcOptions, GrpcServer
 from moestro.cluster.edge.served import EdgeLimits, RecoveryLimits, ServedModel
+from moestro.cluster.edge.tickets import AdmissionLimits
 from moestro.cluster.metrics.series import Observed
 from moestro.cluster.metrics.server import MetricsServer
 from moestro.cluster.operations import ClusterOperations
@@ -31,7 +32,7 @@ class Gateway:
     """Serves one model's cluster on one port. All methods on one asyncio loop."""
 
     def __init__(self, config: Config, secret: str, gateway_id: str) -> None:
-        self._backend = ClusterBackend(gateway_id, secret)
+        self._backend = ClusterBackend(gateway_id, secret, gateways=config.cluster.gateways)
         self._operations = ClusterOperations(self._backend)
         self._core = RequestCore([served_model(config, self._backend)], edge_limits(config))
         server = config.server
@@ -111,9 +112,15 @@ def served_model(config: Config, backend: Backend) -> ServedModel:
 
 
 def edge_limits(config: Config) -> EdgeLimits:
-    recovery = config.recovery
+    recovery, admission = config.recovery, config.admission
     return EdgeLimits(
         max_open_requests=config.server.max_open_requests,
         max_message_bytes=config.server.max_message_bytes,
         recovery=RecoveryLimits(recovery.migrations, recovery.patience_s, recovery.resume_s, recovery.max_parked),
+        admission=AdmissionLimits(
+            max_queued=admission.max_queued,
+            max_queued_tokens=admission.max_queued_tokens,
+            max_queue_s=admission.max_queue_s,
+            quantum=admission.quantum,
+        ),
     )

@@ -35,6 +35,7 @@ def picture(entry: GroupEntry, membership: Membership, reports: Mapping[int, Ran
         entry,
         epoch=epoch,
         ranks=tuple(ranks),
+        forming=membership.view is not None and not membership.is_settled,
         activity=activity(membership),
         spare_ranks=membership.spare_ranks,
         recovery=membership.totals,

@@ -6,8 +6,9 @@ import asyncio
 import threading
 from collections.abc import Sequence
 
-from moestro.cluster.backend import unknown_rank
+from moestro.cluster.backend import Capacity, unknown_rank
 from moestro.cluster.delta_streams import DeltaStreams, QueuedDeltas
+from moestro.cluster.ranks.capacity import rank_capacity
 from moestro.protos import wire
 from moestro.protos.errors import Unavailable
 from moestro.protos.gen import rank_pb2 as pb
@@ -22,6 +23,7 @@ class LocalBackend:
     def __init__(self, rank: BuiltRank, name: str = "local") -> None:
         self._rank = rank
         self._name = name
+        self._load = rank.load
         self._events = asyncio.get_running_loop()
         self._streams = DeltaStreams("local", self._cancel)
         self._ended = ""
@@ -31,6 +33,9 @@ class LocalBackend:
     @property
     def limits(self) -> EngineLimits:
         return self._rank.limits
+
+    def capacity(self) -> Capacity:
+        return rank_capacity(self.limits, self._load, len(self._streams))
 
     def start(self, sequences: Sequence[SequenceRequest]) -> QueuedDeltas:
         wanted = sequences[0].diagnostics.rank
@@ -72,6 +77,7 @@ class LocalBackend:
         self._events.call_soon_threadsafe(self._deliver, output)
 
     def _deliver(self, output: StepOutput) -> None:
+        self._load = output.load
         for delta in output.deltas:
             self._streams.deliver(delta)
         for sequence_id, reason in output.refusals:

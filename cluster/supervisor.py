@@ -23,7 +23,6 @@ from moestro.cluster.ranks.report import UNHEARD, RankReport
 from moestro.protos.errors import MoestroError
 from moestro.router.rehome import rehome
 from moestro.router.view import View
-from moestro.workers.worker_state import WorkerPhase
 
 log = logging.getLogger(__name__)
 
@@ -223,7 +222,7 @@ class Supervisor:
         self._reports[worker] = report
         since = None if report.step_age_s is None else now_s - report.step_age_s
         view = self._membership.view
-        if view is not None and state.phase is WorkerPhase.SERVING and state.epoch == view.epoch:
+        if view is not None and state.epoch == view.epoch and state.spare_ranks is not None:
             self._membership.needs(len(view.members) - state.spare_ranks)
         self._carry_out(self._membership.told(worker, replace(state, in_step_since_s=since), now_s))
         view = self._membership.view

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
+UNBOUNDED = 2**31 - 1  # of a count that nothing bounds
+
 
 class FinishReason(Enum):
     """Why a sequence ended."""
@@ -146,6 +148,8 @@ class EngineLimits:
     vocab_size: int
     max_context: int  # prompt and output tokens together that one sequence can hold, KV pool included
     max_waiting: int  # sequences that may wait; beyond it a submission is refused
+    max_running: int = UNBOUNDED  # sequences that run at once
+    max_tokens: int = UNBOUNDED  # tokens whose keys and values it holds at once, over all sequences
 
 
 @dataclass(frozen=True, slots=True)

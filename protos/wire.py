@@ -204,8 +204,16 @@ def decode_load(message: pb.Load) -> EngineLoad:
 
 
 def encode_limits(limits: EngineLimits) -> pb.Limits:
-    return pb.Limits(vocab_size=limits.vocab_size, max_context=limits.max_context, max_waiting=limits.max_waiting)
+    return pb.Limits(
+        vocab_size=limits.vocab_size,
+        max_context=limits.max_context,
+        max_waiting=limits.max_waiting,
+        max_running=limits.max_running,
+        max_tokens=limits.max_tokens,
+    )
 
 
 def decode_limits(message: pb.Limits) -> EngineLimits:
-    return EngineLimits(message.vocab_size, message.max_context, message.max_waiting)
+    return EngineLimits(
+        message.vocab_size, message.max_context, message.max_waiting, message.max_running, message.max_tokens
+    )

@@ -116,7 +116,14 @@ def _cache(spec: RankSpec, model: Decoder) -> tuple[KVCache, EngineLimits]:
     spare = SPARE_BLOCKS if usable_sizes(model, _largest_graph(spec), spec.shape).rows else 0
     cache = model.cache_spec.allocate([group.num_blocks + spare for group in config.groups], spec.block_size)
     log.info("memory of the device: %d bytes of cache", cache.num_bytes)
-    return cache, EngineLimits(model.config.vocab_size, config.context_limit, spec.max_waiting)
+    limits = EngineLimits(
+        model.config.vocab_size,
+        config.context_limit,
+        spec.max_waiting,
+        max_running=spec.max_num_sequences,
+        max_tokens=config.pool_tokens,
+    )
+    return cache, limits
 
 
 def runner_over(

@@ -54,6 +54,14 @@ class SchedulerConfig:
         """Tokens that one sequence can ever hold: ``max_context``, or fewer where a pool is smaller than that."""
         return min([self.max_context, *(_group_tokens(group, self.block_size) for group in self.groups)])
 
+    @property
+    def pool_tokens(self) -> int:
+        """Tokens whose keys and values are held at once, over all sequences. Behind a window blocks are freed on the
+        way, so a group with one counts as holding ``max_context`` of every sequence."""
+        every = self.max_num_sequences * self.max_context
+        full = ((group.num_blocks - 1) * self.block_size for group in self.groups if group.window is None)
+        return min([every, *full])
+
 
 def _at_least(name: str, value: int, bound: int) -> None:
     if value < bound:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from moestro import __version__
-from moestro.cluster.cli import bench, config, experts, generate, serve, status, verify
+from moestro.cluster.cli import bench, config, experts, generate, rollout, serve, status, verify
 from moestro.protos.errors import MoestroError
 
 app = typer.Typer(
@@ -20,6 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(serve.serve)
+app.command()(rollout.scale)
+app.command()(rollout.update)
 app.command()(generate.generate)
 app.command()(generate.chat)
 app.command()(status.status)

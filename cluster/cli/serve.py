@@ -15,9 +15,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from moestro.cluster.cli.changes import changes
 from moestro.cluster.cli.progress import LoadingProgress
 from moestro.cluster.config import Config, load_config
-from moestro.cluster.directory import GroupEntry
 
 if TYPE_CHECKING:
     from moestro.cluster.serving.launch import Running
@@ -76,7 +76,7 @@ def _serve(config: Config, console: Console) -> None:
 
 
 def _tell_changes(running: Running, console: Console) -> NoReturn:
-    """One line for every group that is lost or comes back, for as long as the process lives."""
+    """One line for every group that comes or goes, for as long as the process lives."""
     version, known = -1, running.groups
     while True:
         try:
@@ -85,18 +85,10 @@ def _tell_changes(running: Running, console: Console) -> NoReturn:
             version = -1
             time.sleep(WATCH_RETRY_S)
             continue
-        for line in changes(known, snapshot.groups):
+        groups = snapshot.over(known)
+        for line in changes(known, groups):
             console.print(line, highlight=False, soft_wrap=True)
-        version, known = snapshot.version, snapshot.groups
-
-
-def changes(before: Sequence[GroupEntry], after: Sequence[GroupEntry]) -> list[str]:
-    """What an operator should hear: groups that no longer serve, and groups that do now."""
-    then = {group.name: group.epoch for group in before if group.is_serving}
-    now = {group.name: group.epoch for group in after if group.is_serving}
-    lost = [f"{name} is lost; Ray Serve starts it again" for name in sorted(then) if name not in now]
-    up = [f"{name} serves, epoch {epoch}" for name, epoch in sorted(now.items()) if then.get(name) != epoch]
-    return lost + up
+        version, known = snapshot.version, groups
 
 
 def _interrupt_once() -> None:

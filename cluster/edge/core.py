@@ -11,24 +11,37 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import inf
 from typing import ParamSpec, TypeVar
 
+from moestro.cluster.edge.admission import Admission
 from moestro.cluster.edge.admitted import Admitted, settle
 from moestro.cluster.edge.events import Completion, StreamEvent, gather
 from moestro.cluster.edge.history import Arrived
 from moestro.cluster.edge.incidents import Incidents
 from moestro.cluster.edge.journal import Journal
 from moestro.cluster.edge.parked import Parked
+from moestro.cluster.edge.permits import Permits
 from moestro.cluster.edge.request_stream import RequestStream
 from moestro.cluster.edge.run import Run
 from moestro.cluster.edge.served import EdgeLimits, ServedModel, TextModel
 from moestro.cluster.edge.suspects import Suspects
+from moestro.cluster.edge.tickets import Ask, Refusal
 from moestro.cluster.edge.validation import ValidRequest, validate_chat, validate_generate, validate_token_ids
 from moestro.protos.errors import FieldViolation, InvalidRequest, Overloaded, UnknownModel
 from moestro.protos.gen import inference_pb2 as pb
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks. ``name`` is what admission is fair to; ``remaining_s``: until the caller gives up, by its own clock."""
+
+    name: str = ""
+    remaining_s: float | None = None
 
 
 class RequestCore:
@@ -46,6 +59,14 @@ class RequestCore:
         self._expiry: asyncio.TimerHandle | None = None
         self._suspects = Suspects()
         self._num_text_calls = 0
+        self.permits = {
+            model.name: Permits(Admission(self.limits.admission), model.backend.capacity) for model in models
+        }
+
+    @property
+    def num_queued(self) -> int:
+        """Requests taken in and not yet started."""
+        return sum(permits.num_queued for permits in self.permits.values())
 
     @property
     def num_open(self) -> int:
@@ -65,9 +86,14 @@ class RequestCore:
             raise UnknownModel(name[:128], tuple(self.models))
         return self.models[name]
 
-    async def open(self, request: pb.GenerateRequest | pb.ChatRequest, timeout_s: float | None = None) -> RequestStream:
-        """Admits a request, or takes up again one that was cut off. Raises InvalidRequest, UnknownModel, Overloaded,
-        Unavailable, Quarantined or TimeoutError, with nothing started then."""
+    async def open(
+        self,
+        request: pb.GenerateRequest | pb.ChatRequest,
+        timeout_s: float | None = None,
+        caller: Caller = Caller(),
+    ) -> RequestStream:
+        """Admits a request, waiting for its turn, or takes up again one that was cut off. Raises InvalidRequest,
+        UnknownModel, Overloaded, Unavailable, Quarantined or TimeoutError, with nothing started then."""
         deadline_s = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
         if timeout_s is not None and timeout_s <= 0:
             raise TimeoutError("the deadline has passed")
@@ -78,16 +104,25 @@ class RequestCore:
         else:
             valid = validate_generate(request, *bounds)
         started_s = _now()
-        with self._admit(valid) as request_id:
+        remaining_s = min(inf if each is None else each for each in (timeout_s, caller.remaining_s))
+        permits = self.permits[model.name]
+        with self._admit(valid, permits) as request_id:
+            permits.check(caller.name, started_s + remaining_s)
             async with asyncio.timeout_at(deadline_s):
                 prompt_ids = await self._prompt_ids(model, valid)
-            admitted = settle(valid, request_id, model, prompt_ids)
-            journal = Journal(admitted, model.text, model.open_text, started_s)
-            if valid.resume is not None:
-                journal.resume(self._arrived(valid.resume, admitted))
+                admitted = settle(valid, request_id, model, prompt_ids)
+                journal = Journal(admitted, model.text, model.open_text, started_s)
+                if valid.resume is not None:
+                    journal.resume(self._arrived(valid.resume, admitted))
+                permit = await permits.take(_ask(journal, caller.name, started_s + remaining_s))
+            journal.wait(permit.queued_s)
             run = Run(journal, model.backend, self.limits.recovery, self._suspects, self.incidents)
-            run.start()
-            stream = self._open[request_id] = RequestStream(journal, run, deadline_s, self._on_close)
+            try:
+                run.start()
+            except BaseException:
+                permit.give_back()
+                raise
+            stream = self._open[request_id] = RequestStream(journal, run, deadline_s, permit, self._on_close)
             self._parked.discard(request_id)
         return stream
 
@@ -100,14 +135,17 @@ class RequestCore:
                 yield event
 
     async def complete(
-        self, request: pb.GenerateRequest | pb.ChatRequest, timeout_s: float | None = None
+        self,
+        request: pb.GenerateRequest | pb.ChatRequest,
+        timeout_s: float | None = None,
+        caller: Caller = Caller(),
     ) -> Completion:
         """Admits and gathers the whole answer. Raises as ``open`` does."""
         if request.diagnostics.trace:
             raise InvalidRequest([FieldViolation("diagnostics.trace", "must be false: only a stream reports digests")])
         if request.HasField("resume"):
             raise InvalidRequest([FieldViolation("resume", "must be absent: only a stream can be resumed")])
-        with await self.open(request, timeout_s) as stream:
+        with await self.open(request, timeout_s, caller) as stream:
             return gather([event async for event in stream])
 
     async def tokenize(self, request: pb.TokenizeRequest) -> list[int]:
@@ -131,10 +169,10 @@ class RequestCore:
             stream.close()
 
     @contextlib.contextmanager
-    def _admit(self, valid: ValidRequest) -> Iterator[str]:
+    def _admit(self, valid: ValidRequest, permits: Permits) -> Iterator[str]:
         """Takes a place, given back when admission fails on the way."""
         if self.num_open >= self.limits.max_open_requests:
-            raise Overloaded(f"{self.num_open} requests are open, the most this gateway takes")
+            raise permits.refuse(Refusal.OPEN, f"{self.num_open} requests are open, the most this gateway takes")
         request_id = valid.request_id or new_request_id()
         if request_id in self._admitting or (request_id in self._open and valid.resume is None):
             raise InvalidRequest([FieldViolation("request_id", "is that of an open request")])
@@ -215,3 +253,18 @@ def new_request_id() -> str:
 
 def _now() -> float:
     return asyncio.get_running_loop().time()
+
+
+def _ask(journal: Journal, client: str, deadline_s: float) -> Ask:
+    """What a request costs from here: of one that is gone on with, what was written before belongs to the prompt."""
+    sequences = journal.sequences()
+    written = max((len(sequence.output_ids) for sequence in sequences), default=0)
+    longest = max((sequence.sampling.max_tokens for sequence in sequences), default=0)
+    return Ask(
+        client=client,
+        prompt_tokens=len(journal.admitted.prompt_ids) + written,
+        max_tokens=max(1, longest - written),
+        choices=len(sequences),
+        priority=journal.admitted.priority,
+        deadline_s=deadline_s,
+    )

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from moestro.cluster.edge.core import RequestCore, new_request_id
+from moestro.cluster.edge.core import Caller, RequestCore, new_request_id
 from moestro.cluster.edge.parsing import parse
 from moestro.cluster.edge.statuses import status_of
 from moestro.cluster.edge.wire import encode_completion, encode_event
@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 INFERENCE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 CLUSTER = pb.DESCRIPTOR.services_by_name["ClusterService"].full_name
 COMPRESSION_KEY = "moestro-compression"  # metadatum of a client that wants its stream compressed: "gzip"
-MAX_ID_CHARS = 128  # of an id that is told back
+CLIENT_KEY = "moestro-client"  # metadatum: who the request is for, which admission is fair to; absent: the peer's host
+MAX_ID_CHARS = 128  # of an id that is told back, and of a client's name
 COMPRESS_FROM_BYTES = 1024  # smaller answers are not worth it
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -62,7 +63,7 @@ class InferenceHandlers:
         if (COMPRESSION_KEY, "gzip") in (context.invocation_metadata() or ()):
             context.set_compression(grpc.Compression.Gzip)
         # From here on the deadline is gRPC's: when it passes, this task is cancelled, which closes the stream.
-        with await self._core.open(request) as stream:
+        with await self._core.open(request, caller=_caller(context)) as stream:
             while (event := await stream.next()) is not None:
                 await context.write(encode_event(event))
 
@@ -70,7 +71,7 @@ class InferenceHandlers:
         if context.time_remaining() == 0:
             raise TimeoutError("the deadline has passed")
         try:
-            return encode_completion(await self._core.complete(request.request))
+            return encode_completion(await self._core.complete(request.request, caller=_caller(context)))
         except InvalidRequest as error:
             # The same request one level deeper, so its paths are too.
             raise type(error)([FieldViolation(f"request.{v.field}", v.description) for v in error.violations]) from None
@@ -137,6 +138,7 @@ class ClusterHandlers:
     async def _cluster_status(self, request: pb.GetClusterStatusRequest, context: Context) -> bytes:
         response = await self._cluster.status()
         response.open_streams = self._core.num_open
+        response.queued_requests = self._core.num_queued
         return response.SerializeToString()
 
     async def _experts(self, request: pb.GetExpertsRequest, context: Context) -> bytes:
@@ -188,6 +190,12 @@ def _unary(
         return response
 
     return handle
+
+
+def _caller(context: Context) -> Caller:
+    metadata = context.invocation_metadata() or ()
+    name = next((value for key, value in metadata if key == CLIENT_KEY), None) or context.peer().rpartition(":")[0]
+    return Caller(str(name)[:MAX_ID_CHARS], context.time_remaining())
 
 
 def _identify(request: Message, new_id: str) -> str:

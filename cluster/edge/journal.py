@@ -67,6 +67,22 @@ class Journal:
         self._first_number = self._next_number = 0
         self._started_s = now_s  # of the present run
         self.num_migrations = 0
+        self.queued_s = 0.0  # at the edge
+
+    def wait(self, seconds: float) -> None:
+        """The edge had it wait so long before it was started."""
+        self.queued_s += seconds
+        self._started_s += seconds
+
+    @property
+    def num_written(self) -> int:
+        """Tokens accepted, over all choices."""
+        return sum(len(choice.output_ids) for choice in self.choices)
+
+    @property
+    def first_token_s(self) -> float | None:
+        """When the first token of any choice was accepted."""
+        return min((c.first_token_s for c in self.choices if c.first_token_s is not None), default=None)
 
     @property
     def finished(self) -> bool:
@@ -219,9 +235,9 @@ class Journal:
         ledgers = [_sum(c.spent, c.ledger or self._seen_from_here(c, c.last_token_s)) for c in self.choices]
         return Usage(
             prompt_tokens=len(self.admitted.prompt_ids),
-            output_tokens=sum(len(c.output_ids) for c in self.choices),
+            output_tokens=self.num_written,
             cached_tokens=ledgers[0].num_cached_tokens,
-            queued_s=max(ledger.queued_s for ledger in ledgers),
+            queued_s=self.queued_s + max(ledger.queued_s for ledger in ledgers),
             prefill_s=max(ledger.prefill_s for ledger in ledgers),
             decode_s=max(ledger.decode_s for ledger in ledgers),
             preemptions=sum(ledger.num_preemptions for ledger in ledgers),

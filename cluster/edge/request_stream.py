@@ -8,6 +8,7 @@ from types import TracebackType
 
 from moestro.cluster.edge.events import StreamEvent
 from moestro.cluster.edge.journal import Journal
+from moestro.cluster.edge.permits import Permit
 from moestro.cluster.edge.run import Run
 from moestro.protos.errors import SequenceFailed, Superseded
 
@@ -16,12 +17,18 @@ class RequestStream:
     """An async iterator of a request's events, and a context manager that closes it. ``on_close`` is called once."""
 
     def __init__(
-        self, journal: Journal, run: Run, deadline_s: float | None, on_close: Callable[[RequestStream], None]
+        self,
+        journal: Journal,
+        run: Run,
+        deadline_s: float | None,
+        permit: Permit,
+        on_close: Callable[[RequestStream], None],
     ) -> None:
         self.journal = journal
         self.has_failed = False  # in a way that it must not be resumed
         self._run = run
         self._deadline_s = deadline_s
+        self._permit = permit
         self._on_close = on_close
         self._closed = False
         self._superseded = False
@@ -67,6 +74,9 @@ class RequestStream:
             self._closed = True
             self._run.close()
             self._on_close(self)
+            self._permit.give_back(
+                first_s=self.journal.first_token_s, written=self.journal.num_written, finished=self.journal.finished
+            )
 
     def supersede(self) -> None:
         """Closes it for its reader, who is told Superseded."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from moestro.cluster.backend import Backend
+from moestro.cluster.edge.tickets import AdmissionLimits
 
 
 class GenerationDefaults(Protocol):
@@ -100,7 +101,8 @@ class RecoveryLimits:
 class EdgeLimits:
     """Bounds of the edge itself; those of the engine come with its Backend."""
 
-    max_open_requests: int = 1024  # beyond it a request is refused with Overloaded, nothing started
+    max_open_requests: int = 1024  # waiting and started; beyond it a request is refused with Overloaded
+    admission: AdmissionLimits = field(default_factory=AdmissionLimits)  # of those that wait
     max_choices: int = 128
     max_logprobs: int = 20
     max_logit_bias: int = 1024

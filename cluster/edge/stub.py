@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from moestro.cluster.backend import Capacity
 from moestro.protos.errors import EngineLost, Overloaded, Unavailable
 from moestro.protos.gen import inference_pb2 as pb
 from moestro.protos.sequences import (
@@ -64,6 +65,9 @@ class StubBackend:
     @property
     def limits(self) -> EngineLimits:
         return self._limits
+
+    def capacity(self) -> Capacity:
+        return Capacity(self._limits.max_running, self._limits.max_tokens)
 
     @property
     def open_sequences(self) -> set[str]:
@@ -146,6 +150,9 @@ class StubStream:
         for sequence_id in list(self.positions):
             self.cancel(sequence_id)
         self._close_if_empty()
+
+    def num_unread(self) -> int:
+        return 0  # a token is made when it is asked for
 
     def _close_if_empty(self) -> None:
         if not self.positions:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from moestro.cluster.backend import unknown_rank
+from moestro.cluster.backend import Capacity, unknown_rank
 from moestro.cluster.delta_streams import QueuedDeltas
-from moestro.cluster.directory import GroupEntry
+from moestro.cluster.directory import GroupEntry, RankState
+from moestro.cluster.ranks.capacity import joint
 from moestro.cluster.ranks.link import OpenChannel, RankLink, open_channel
-from moestro.protos.errors import Unavailable
+from moestro.protos.errors import Overloaded, Unavailable
 from moestro.protos.sequences import EngineLimits, EngineLoad, SequenceRequest
 
 log = logging.getLogger(__name__)
@@ -35,18 +38,47 @@ def places(groups: Iterable[GroupEntry]) -> dict[str, tuple[str, ...]]:
     return found
 
 
-class ClusterBackend:
-    """Implements ``Backend`` over rank links. All methods on one asyncio loop."""
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a rank stands in the directory's picture."""
 
-    def __init__(self, gateway_id: str, secret: str, open_channel: OpenChannel = open_channel) -> None:
+    group: str
+    epoch: int
+    state: RankState
+    forming: bool
+
+    @property
+    def is_computing(self) -> bool:
+        """Whether its end may have been a request's doing."""
+        return self.state is RankState.SERVING and not self.forming
+
+
+def standings(groups: Iterable[GroupEntry]) -> dict[str, Standing]:
+    """Of every rank that gateways can talk to, by address."""
+    return {
+        rank.address: Standing(group.name, group.epoch, rank.state, group.forming)
+        for group in groups
+        for rank in group.ranks
+        if rank.address
+    }
+
+
+class ClusterBackend:
+    """Implements ``Backend`` over rank links, for one of so many gateways. All methods on one asyncio loop."""
+
+    def __init__(
+        self, gateway_id: str, secret: str, open_channel: OpenChannel = open_channel, *, gateways: int = 1
+    ) -> None:
         self._gateway_id = gateway_id
         self._secret = secret
+        self._gateways = gateways
         self._open_channel = open_channel
-        self._wanted: dict[str, int] = {}  # address -> epoch
-        self._links: dict[str, RankLink] = {}
+        self._wanted: dict[str, Standing] = {}  # by address
+        self._links: dict[str, RankLink] = {}  # of ranks that may take requests
+        self._leaving: dict[str, RankLink] = {}  # of those that only finish what they have
         self._places: dict[str, tuple[str, ...]] = {}  # name of a group or rank -> addresses
         self._connecting: dict[str, asyncio.Task[None]] = {}
-        self._leaving: set[asyncio.Task[None]] = set()
+        self._closing: dict[asyncio.Task[None], None] = {}
         self._limits: EngineLimits | None = None
         self._attached = asyncio.Event()
         self._turn = 0
@@ -57,8 +89,15 @@ class ClusterBackend:
             raise Unavailable("no rank is serving yet")
         return self._limits
 
+    def capacity(self) -> Capacity:
+        """Of the attached ranks together. Raises Unavailable when there is none."""
+        return joint(link.capacity(self._gateways) for link in self._links_of(""))
+
     def start(self, sequences: Sequence[SequenceRequest]) -> QueuedDeltas:
         links = self._links_of(sequences[0].diagnostics.rank)
+        links = [link for link in links if not link.load.is_shedding]
+        if not links:
+            raise Overloaded("memory runs short: nothing new is taken")
         self._turn += 1
         index = least_loaded([x.num_open for x in links], [x.load.num_waiting for x in links], self._turn % len(links))
         return links[index].start(sequences)
@@ -72,23 +111,36 @@ class ClusterBackend:
         return self._links.get(address)
 
     def update(self, groups: Iterable[GroupEntry]) -> None:
-        """Takes a new picture of the cluster: attaches to ranks that are new. One that is gone gets no more requests;
-        those it has may end there, or be told when its connection breaks."""
+        """Takes a new picture of the cluster. Attaches to ranks that serve. One that drains, or whose group has left,
+        gets no more requests and may finish those it has; those of one that is lost go on elsewhere at once."""
         groups = tuple(groups)
         self._places = places(groups)
-        wanted = {r.address: g.epoch for g in groups if g.is_serving for r in g.ranks if r.address}
-        self._wanted = wanted
-        for address in [each for each in self._links if each not in wanted]:
-            link = self._links.pop(address)
-            log.info("rank at %s left", address)
-            self._leaving.add(task := asyncio.create_task(link.close_when_done()))
-            task.add_done_callback(self._leaving.discard)
+        present, named = standings(groups), {group.name for group in groups}
+        self._wanted = {address: each for address, each in present.items() if each.state is RankState.SERVING}
+        for address, link in [*self._links.items(), *self._leaving.items()]:
+            standing = present.get(address)
+            if link.group in named if standing is None else standing.state is RankState.LOST:
+                self._let_go(link, link.break_off("its group goes on without it"))
+                continue
+            link.is_computing = standing is not None and standing.is_computing
+            if address not in self._wanted and address not in self._leaving:
+                self._let_go(link, link.close_when_done())
+                self._leaving[address] = link
+        for address in [each for each in self._connecting if each not in self._wanted]:
+            self._connecting[address].cancel()
+        for address in self._wanted:
+            if address not in self._links and address not in self._connecting:
+                self._connecting[address] = asyncio.create_task(self._connect(address))
+
+    def _let_go(self, link: RankLink, farewell: Coroutine[Any, Any, None]) -> None:
+        """Nothing new goes there."""
+        log.info("rank at %s left", link.address)
+        self._links.pop(link.address, None)
+        self._leaving.pop(link.address, None)
         if not self._links:
             self._attached.clear()
-        for address in wanted:
-            if address in self._links or address in self._connecting:
-                continue
-            self._connecting[address] = asyncio.create_task(self._connect(address))
+        self._closing[task := asyncio.create_task(farewell)] = None
+        task.add_done_callback(lambda task: self._closing.pop(task, None))
 
     async def available(self) -> None:
         await self._attached.wait()
@@ -101,9 +153,9 @@ class ClusterBackend:
         self._wanted = {}
         for task in self._connecting.values():
             task.cancel()
-        for task in self._leaving:
+        for task in self._closing:
             task.cancel()
-        for link in list(self._links.values()):
+        for link in [*self._links.values(), *self._leaving.values()]:
             await link.close()
 
     def _links_of(self, place: str) -> list[RankLink]:
@@ -122,9 +174,11 @@ class ClusterBackend:
     async def _connect(self, address: str) -> None:
         try:
             while address in self._wanted:
+                standing = self._wanted[address]
                 link = RankLink(
-                    address, self._gateway_id, self._secret, self._wanted[address], self._on_lost, self._open_channel
+                    address, self._gateway_id, self._secret, standing.epoch, self._on_lost, self._open_channel
                 )
+                link.group = standing.group
                 try:
                     self._limits = await link.connect()
                 except Unavailable as error:
@@ -132,13 +186,19 @@ class ClusterBackend:
                     await link.close()
                     await asyncio.sleep(RETRY_S)
                     continue
+                except asyncio.CancelledError:
+                    await link.close()
+                    raise
                 self._links[address] = link
                 self._attached.set()
                 return
         finally:
-            self._connecting.pop(address, None)
+            if self._connecting.get(address) is asyncio.current_task():
+                del self._connecting[address]
 
     def _on_lost(self, link: RankLink) -> None:
+        if self._leaving.get(link.address) is link:
+            del self._leaving[link.address]
         if self._links.get(link.address) is link:
             del self._links[link.address]
             if not self._links:

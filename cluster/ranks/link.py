@@ -9,8 +9,10 @@ from typing import Any, TypeVar
 
 import grpc
 
+from moestro.cluster.backend import Capacity
 from moestro.cluster.delta_streams import DeltaStreams, QueuedDeltas
 from moestro.cluster.edge.statuses import DETAILS_KEY, error_of
+from moestro.cluster.ranks.capacity import rank_capacity
 from moestro.cluster.ranks.server import CHANNEL_OPTIONS, SECRET_KEY
 from moestro.protos import wire
 from moestro.protos.errors import EngineLost, Unavailable
@@ -48,6 +50,8 @@ class RankLink:
         self.address = address
         self.load = EngineLoad()
         self.limits: EngineLimits | None = None
+        self.group = ""  # as the directory names it
+        self.is_computing = True  # else whatever it ends of, no request of ours has caused it
         self._hello = pb.AttachRequest(hello=pb.Hello(gateway_id=gateway_id, epoch=epoch))
         self._metadata = ((SECRET_KEY, secret),)
         self._on_lost = on_lost
@@ -60,6 +64,11 @@ class RankLink:
     def num_open(self) -> int:
         """Sequences started here and not ended: the freshest measure of the load we put on the rank."""
         return len(self._streams)
+
+    def capacity(self, gateways: int) -> Capacity:
+        """What one of so many gateways may use of the rank, once connected."""
+        assert self.limits is not None
+        return rank_capacity(self.limits, self.load, self.num_open, gateways)
 
     async def connect(self) -> EngineLimits:
         """Attaches. Raises Unavailable when the rank does not answer or refuses us."""
@@ -97,6 +106,11 @@ class RankLink:
         message = pb.SetGroupPlacementRequest(request=request)
         await _asked(stub.SetGroupPlacement(message, metadata=self._metadata, timeout=ASK_S))
 
+    async def break_off(self, reason: str) -> None:
+        """The rank is lost, though its connection may not have noticed."""
+        self.fail(reason)
+        await self.close()
+
     async def close_when_done(self) -> None:
         """Lets what runs come to its end, or the rank to its own, then closes."""
         try:
@@ -128,8 +142,13 @@ class RankLink:
             log.exception("rank at %s sent something unreadable", self.address)
             reason = "sent something unreadable"
         finally:
-            self._streams.fail(EngineLost(f"a rank was lost: {reason}", died=True, engine=self.address))
+            self.fail(reason)
             self._on_lost(self)
+
+    def fail(self, reason: str) -> None:
+        """Its streams go on elsewhere, at once."""
+        failure = EngineLost(f"a rank was lost: {reason}", died=self.is_computing, engine=self.address)
+        self._streams.fail(failure)
 
     def _take(self, step: pb.Step) -> None:
         if step.HasField("load"):

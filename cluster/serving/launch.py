@@ -146,17 +146,17 @@ def _signals_deferred() -> Iterator[None]:
 def _serve(in_their_ray: bool) -> Iterator[None]:
     """Serve's controller. In a Ray cluster that outlives us it is ours to end when it ran nothing before; in our own
     it ends with Ray."""
-    found = bool(_applications())
+    found = bool(applications())
     serve.start(http_options={"location": "NoServer"}, logging_config={"log_level": "WARNING"})
     try:
         yield
     finally:
         with suppress(Exception):
-            if in_their_ray and not found and not _applications():
+            if in_their_ray and not found and not applications():
                 serve.shutdown()
 
 
-def _applications() -> dict[str, Any]:
+def applications() -> dict[str, Any]:
     """What runs under Serve here; nothing when Serve is not there."""
     return dict(serve.status().applications)
 
@@ -164,7 +164,7 @@ def _applications() -> dict[str, Any]:
 @contextmanager
 def _app(config: Config) -> Iterator[Any]:
     """Deploys our application; yields the directory's handle."""
-    if APP_NAME in _applications():
+    if APP_NAME in applications():
         raise StartFailed(f"cluster.ray_address: {config.cluster.ray_address} already runs a Moestro cluster")
     present = ray.cluster_resources().get("GPU", 0.0)
     gpus = gpus_per_rank(config, present)

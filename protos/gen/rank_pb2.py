@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from moestro.protos.gen import inference_pb2 as moestro_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emoestro/internal/v1/rank.proto\x12\x13moestro.internal.v1\x1a\x1amoestro/v1/inference.proto\"\x8a\x01\n\rAttachRequest\x12+\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.moestro.internal.v1.HelloH\x00\x12/\n\x06submit\x18\x02 \x01(\x0b\x32\x1d.moestro.internal.v1.SequenceH\x00\x12\x10\n\x06\x63\x61ncel\x18\x03 \x01(\tH\x00\x42\t\n\x07message\"*\n\x05Hello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"w\n\x0e\x41ttachResponse\x12/\n\x07welcome\x18\x01 \x01(\x0b\x32\x1c.moestro.internal.v1.WelcomeH\x00\x12)\n\x04step\x18\x02 \x01(\x0b\x32\x19.moestro.internal.v1.StepH\x00\x42\t\n\x07message\"E\n\x07Welcome\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12+\n\x06limits\x18\x02 \x01(\x0b\x32\x1b.moestro.internal.v1.Limits\"F\n\x06Limits\x12\x12\n\nvocab_size\x18\x01 \x01(\r\x12\x13\n\x0bmax_context\x18\x02 \x01(\r\x12\x13\n\x0bmax_waiting\x18\x03 \x01(\r\"\xd4\x01\n\x08Sequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12\x12\n\noutput_ids\x18\x03 \x03(\r\x12/\n\x08sampling\x18\x04 \x01(\x0b\x32\x1d.moestro.internal.v1.Sampling\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x11\n\tmax_chunk\x18\x06 \x01(\r\x12\x17\n\npreempt_at\x18\x07 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05trace\x18\x08 \x01(\x08\x42\r\n\x0b_preempt_at\"\xe0\x03\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x01\x12@\n\nlogit_bias\x18\x08 \x03(\x0b\x32,.moestro.internal.v1.Sampling.LogitBiasEntry\x12\x0c\n\x04seed\x18\t \x01(\x04\x12\x12\n\nmax_tokens\x18\n \x01(\r\x12\x12\n\nmin_tokens\x18\x0b \x01(\r\x12\x12\n\nignore_eos\x18\x0c \x01(\x08\x12\x15\n\reos_token_ids\x18\r \x03(\r\x12\x16\n\x0estop_token_ids\x18\x0e \x03(\r\x12\x15\n\x08logprobs\x18\x0f \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x10 \x01(\rH\x01\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"[\n\x04Step\x12*\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x1a.moestro.internal.v1.Delta\x12\'\n\x04load\x18\x02 \x01(\x0b\x32\x19.moestro.internal.v1.Load\"\xca\x02\n\x05\x44\x65lta\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12/\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1d.moestro.internal.v1.Logprobs\x12\x36\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x1d.moestro.internal.v1.Logprobs\x12+\n\x06\x66inish\x18\x05 \x01(\x0e\x32\x1b.moestro.internal.v1.Finish\x12\r\n\x05\x65rror\x18\x06 \x01(\t\x12+\n\x06ledger\x18\x07 \x01(\x0b\x32\x1b.moestro.internal.v1.Ledger\x12\x0f\n\x07refused\x18\x08 \x01(\x08\x12(\n\x05trace\x18\t \x03(\x0b\x32\x19.moestro.v1.PositionTrace\x12\x0c\n\x04lost\x18\n \x01(\x08\"d\n\x08Logprobs\x12\x0e\n\x06\x61\x62sent\x18\x01 \x01(\x08\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\x12\x0f\n\x07top_ids\x18\x04 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x05 \x03(\x01\"\x86\x01\n\x06Ledger\x12\x10\n\x08queued_s\x18\x01 \x01(\x01\x12\x11\n\tprefill_s\x18\x02 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x03 \x01(\x01\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\x12\x17\n\x0fnum_preemptions\x18\x05 \x01(\r\x12\x11\n\tnum_steps\x18\x06 \x01(\r\"\xa8\x01\n\x04Load\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x03 \x01(\x04\x12\x17\n\x0fkv_blocks_total\x18\x04 \x01(\x04\x12\x11\n\tnum_steps\x18\x05 \x01(\x04\x12\x0e\n\x06step_s\x18\x06 \x01(\x01\x12\x10\n\x08slowness\x18\x07 \x01(\x01\x12\x10\n\x08shedding\x18\x08 \x01(\x08\"\x18\n\x16GetGroupExpertsRequest\"D\n\x17GetGroupExpertsResponse\x12)\n\x07\x65xperts\x18\x01 \x01(\x0b\x32\x18.moestro.v1.GroupExperts\"L\n\x18SetGroupPlacementRequest\x12\x30\n\x07request\x18\x01 \x01(\x0b\x32\x1f.moestro.v1.SetPlacementRequest\"\x1b\n\x19SetGroupPlacementResponse*\x9a\x01\n\x06\x46inish\x12\x16\n\x12\x46INISH_UNSPECIFIED\x10\x00\x12\x0e\n\nFINISH_EOS\x10\x01\x12\x15\n\x11\x46INISH_STOP_TOKEN\x10\x02\x12\x16\n\x12\x46INISH_STOP_STRING\x10\x03\x12\x11\n\rFINISH_LENGTH\x10\x04\x12\x14\n\x10\x46INISH_CANCELLED\x10\x05\x12\x10\n\x0c\x46INISH_ERROR\x10\x06\x32\xc6\x02\n\x0bRankService\x12U\n\x06\x41ttach\x12\".moestro.internal.v1.AttachRequest\x1a#.moestro.internal.v1.AttachResponse(\x01\x30\x01\x12l\n\x0fGetGroupExperts\x12+.moestro.internal.v1.GetGroupExpertsRequest\x1a,.moestro.internal.v1.GetGroupExpertsResponse\x12r\n\x11SetGroupPlacement\x12-.moestro.internal.v1.SetGroupPlacementRequest\x1a..moestro.internal.v1.SetGroupPlacementResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emoestro/internal/v1/rank.proto\x12\x13moestro.internal.v1\x1a\x1amoestro/v1/inference.proto\"\x8a\x01\n\rAttachRequest\x12+\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.moestro.internal.v1.HelloH\x00\x12/\n\x06submit\x18\x02 \x01(\x0b\x32\x1d.moestro.internal.v1.SequenceH\x00\x12\x10\n\x06\x63\x61ncel\x18\x03 \x01(\tH\x00\x42\t\n\x07message\"*\n\x05Hello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"w\n\x0e\x41ttachResponse\x12/\n\x07welcome\x18\x01 \x01(\x0b\x32\x1c.moestro.internal.v1.WelcomeH\x00\x12)\n\x04step\x18\x02 \x01(\x0b\x32\x19.moestro.internal.v1.StepH\x00\x42\t\n\x07message\"E\n\x07Welcome\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12+\n\x06limits\x18\x02 \x01(\x0b\x32\x1b.moestro.internal.v1.Limits\"o\n\x06Limits\x12\x12\n\nvocab_size\x18\x01 \x01(\r\x12\x13\n\x0bmax_context\x18\x02 \x01(\r\x12\x13\n\x0bmax_waiting\x18\x03 \x01(\r\x12\x13\n\x0bmax_running\x18\x04 \x01(\r\x12\x12\n\nmax_tokens\x18\x05 \x01(\x04\"\xd4\x01\n\x08Sequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12\x12\n\noutput_ids\x18\x03 \x03(\r\x12/\n\x08sampling\x18\x04 \x01(\x0b\x32\x1d.moestro.internal.v1.Sampling\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x11\n\tmax_chunk\x18\x06 \x01(\r\x12\x17\n\npreempt_at\x18\x07 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05trace\x18\x08 \x01(\x08\x42\r\n\x0b_preempt_at\"\xe0\x03\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x01\x12@\n\nlogit_bias\x18\x08 \x03(\x0b\x32,.moestro.internal.v1.Sampling.LogitBiasEntry\x12\x0c\n\x04seed\x18\t \x01(\x04\x12\x12\n\nmax_tokens\x18\n \x01(\r\x12\x12\n\nmin_tokens\x18\x0b \x01(\r\x12\x12\n\nignore_eos\x18\x0c \x01(\x08\x12\x15\n\reos_token_ids\x18\r \x03(\r\x12\x16\n\x0estop_token_ids\x18\x0e \x03(\r\x12\x15\n\x08logprobs\x18\x0f \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x10 \x01(\rH\x01\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"[\n\x04Step\x12*\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x1a.moestro.internal.v1.Delta\x12\'\n\x04load\x18\x02 \x01(\x0b\x32\x19.moestro.internal.v1.Load\"\xca\x02\n\x05\x44\x65lta\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12/\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1d.moestro.internal.v1.Logprobs\x12\x36\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x1d.moestro.internal.v1.Logprobs\x12+\n\x06\x66inish\x18\x05 \x01(\x0e\x32\x1b.moestro.internal.v1.Finish\x12\r\n\x05\x65rror\x18\x06 \x01(\t\x12+\n\x06ledger\x18\x07 \x01(\x0b\x32\x1b.moestro.internal.v1.Ledger\x12\x0f\n\x07refused\x18\x08 \x01(\x08\x12(\n\x05trace\x18\t \x03(\x0b\x32\x19.moestro.v1.PositionTrace\x12\x0c\n\x04lost\x18\n \x01(\x08\"d\n\x08Logprobs\x12\x0e\n\x06\x61\x62sent\x18\x01 \x01(\x08\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\x12\x0f\n\x07top_ids\x18\x04 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x05 \x03(\x01\"\x86\x01\n\x06Ledger\x12\x10\n\x08queued_s\x18\x01 \x01(\x01\x12\x11\n\tprefill_s\x18\x02 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x03 \x01(\x01\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\x12\x17\n\x0fnum_preemptions\x18\x05 \x01(\r\x12\x11\n\tnum_steps\x18\x06 \x01(\r\"\xa8\x01\n\x04Load\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x03 \x01(\x04\x12\x17\n\x0fkv_blocks_total\x18\x04 \x01(\x04\x12\x11\n\tnum_steps\x18\x05 \x01(\x04\x12\x0e\n\x06step_s\x18\x06 \x01(\x01\x12\x10\n\x08slowness\x18\x07 \x01(\x01\x12\x10\n\x08shedding\x18\x08 \x01(\x08\"\x18\n\x16GetGroupExpertsRequest\"D\n\x17GetGroupExpertsResponse\x12)\n\x07\x65xperts\x18\x01 \x01(\x0b\x32\x18.moestro.v1.GroupExperts\"L\n\x18SetGroupPlacementRequest\x12\x30\n\x07request\x18\x01 \x01(\x0b\x32\x1f.moestro.v1.SetPlacementRequest\"\x1b\n\x19SetGroupPlacementResponse*\x9a\x01\n\x06\x46inish\x12\x16\n\x12\x46INISH_UNSPECIFIED\x10\x00\x12\x0e\n\nFINISH_EOS\x10\x01\x12\x15\n\x11\x46INISH_STOP_TOKEN\x10\x02\x12\x16\n\x12\x46INISH_STOP_STRING\x10\x03\x12\x11\n\rFINISH_LENGTH\x10\x04\x12\x14\n\x10\x46INISH_CANCELLED\x10\x05\x12\x10\n\x0c\x46INISH_ERROR\x10\x06\x32\xc6\x02\n\x0bRankService\x12U\n\x06\x41ttach\x12\".moestro.internal.v1.AttachRequest\x1a#.moestro.internal.v1.AttachResponse(\x01\x30\x01\x12l\n\x0fGetGroupExperts\x12+.moestro.internal.v1.GetGroupExpertsRequest\x1a,.moestro.internal.v1.GetGroupExpertsResponse\x12r\n\x11SetGroupPlacement\x12-.moestro.internal.v1.SetGroupPlacementRequest\x1a..moestro.internal.v1.SetGroupPlacementResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,8 +34,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISH']._serialized_start=2270
-  _globals['_FINISH']._serialized_end=2424
+  _globals['_FINISH']._serialized_start=2311
+  _globals['_FINISH']._serialized_end=2465
   _globals['_ATTACHREQUEST']._serialized_start=84
   _globals['_ATTACHREQUEST']._serialized_end=222
   _globals['_HELLO']._serialized_start=224
@@ -45,31 +45,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WELCOME']._serialized_start=389
   _globals['_WELCOME']._serialized_end=458
   _globals['_LIMITS']._serialized_start=460
-  _globals['_LIMITS']._serialized_end=530
-  _globals['_SEQUENCE']._serialized_start=533
-  _globals['_SEQUENCE']._serialized_end=745
-  _globals['_SAMPLING']._serialized_start=748
-  _globals['_SAMPLING']._serialized_end=1228
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=1147
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=1195
-  _globals['_STEP']._serialized_start=1230
-  _globals['_STEP']._serialized_end=1321
-  _globals['_DELTA']._serialized_start=1324
-  _globals['_DELTA']._serialized_end=1654
-  _globals['_LOGPROBS']._serialized_start=1656
-  _globals['_LOGPROBS']._serialized_end=1756
-  _globals['_LEDGER']._serialized_start=1759
-  _globals['_LEDGER']._serialized_end=1893
-  _globals['_LOAD']._serialized_start=1896
-  _globals['_LOAD']._serialized_end=2064
-  _globals['_GETGROUPEXPERTSREQUEST']._serialized_start=2066
-  _globals['_GETGROUPEXPERTSREQUEST']._serialized_end=2090
-  _globals['_GETGROUPEXPERTSRESPONSE']._serialized_start=2092
-  _globals['_GETGROUPEXPERTSRESPONSE']._serialized_end=2160
-  _globals['_SETGROUPPLACEMENTREQUEST']._serialized_start=2162
-  _globals['_SETGROUPPLACEMENTREQUEST']._serialized_end=2238
-  _globals['_SETGROUPPLACEMENTRESPONSE']._serialized_start=2240
-  _globals['_SETGROUPPLACEMENTRESPONSE']._serialized_end=2267
-  _globals['_RANKSERVICE']._serialized_start=2427
-  _globals['_RANKSERVICE']._serialized_end=2753
+  _globals['_LIMITS']._serialized_end=571
+  _globals['_SEQUENCE']._serialized_start=574
+  _globals['_SEQUENCE']._serialized_end=786
+  _globals['_SAMPLING']._serialized_start=789
+  _globals['_SAMPLING']._serialized_end=1269
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=1188
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=1236
+  _globals['_STEP']._serialized_start=1271
+  _globals['_STEP']._serialized_end=1362
+  _globals['_DELTA']._serialized_start=1365
+  _globals['_DELTA']._serialized_end=1695
+  _globals['_LOGPROBS']._serialized_start=1697
+  _globals['_LOGPROBS']._serialized_end=1797
+  _globals['_LEDGER']._serialized_start=1800
+  _globals['_LEDGER']._serialized_end=1934
+  _globals['_LOAD']._serialized_start=1937
+  _globals['_LOAD']._serialized_end=2105
+  _globals['_GETGROUPEXPERTSREQUEST']._serialized_start=2107
+  _globals['_GETGROUPEXPERTSREQUEST']._serialized_end=2131
+  _globals['_GETGROUPEXPERTSRESPONSE']._serialized_start=2133
+  _globals['_GETGROUPEXPERTSRESPONSE']._serialized_end=2201
+  _globals['_SETGROUPPLACEMENTREQUEST']._serialized_start=2203
+  _globals['_SETGROUPPLACEMENTREQUEST']._serialized_end=2279
+  _globals['_SETGROUPPLACEMENTRESPONSE']._serialized_start=2281
+  _globals['_SETGROUPPLACEMENTRESPONSE']._serialized_end=2308
+  _globals['_RANKSERVICE']._serialized_start=2468
+  _globals['_RANKSERVICE']._serialized_end=2794
 # @@protoc_insertion_point(module_scope)

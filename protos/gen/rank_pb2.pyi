@@ -60,14 +60,18 @@ class Welcome(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("vocab_size", "max_context", "max_waiting")
+    __slots__ = ("vocab_size", "max_context", "max_waiting", "max_running", "max_tokens")
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     MAX_CONTEXT_FIELD_NUMBER: _ClassVar[int]
     MAX_WAITING_FIELD_NUMBER: _ClassVar[int]
+    MAX_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     vocab_size: int
     max_context: int
     max_waiting: int
-    def __init__(self, vocab_size: _Optional[int] = ..., max_context: _Optional[int] = ..., max_waiting: _Optional[int] = ...) -> None: ...
+    max_running: int
+    max_tokens: int
+    def __init__(self, vocab_size: _Optional[int] = ..., max_context: _Optional[int] = ..., max_waiting: _Optional[int] = ..., max_running: _Optional[int] = ..., max_tokens: _Optional[int] = ...) -> None: ...
 
 class Sequence(_message.Message):
     __slots__ = ("sequence_id", "prompt_ids", "output_ids", "sampling", "priority", "max_chunk", "preempt_at", "trace")

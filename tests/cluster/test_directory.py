@@ -23,16 +23,18 @@ def serving(group: GroupEntry, state: RankState = RankState.SERVING) -> GroupEnt
     return replace(group, ranks=tuple(replace(rank, state=state) for rank in group.ranks))
 
 
-def test_a_group_begins_starting_and_serves_when_all_ranks_do() -> None:
+def test_a_group_begins_starting_and_serves_with_the_ranks_that_do() -> None:
     directory = Directory()
     group = directory.begin(dp=2, tp=2, now_s=0.0)
     assert (group.name, group.epoch, group.is_serving) == ("group-0", 1, False)
     assert [(rank.dp_rank, rank.tp_rank) for rank in group.ranks] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    half = replace(group, ranks=(*serving(group).ranks[:3], group.ranks[3]))
+    half = replace(group, ranks=(*serving(group).ranks[:2], *serving(group, RankState.LOST).ranks[2:]))
     assert directory.put(half, 1.0)
-    assert not directory.snapshot().groups[0].is_serving
-    assert directory.put(serving(group), 2.0)
     assert directory.snapshot().groups[0].is_serving
+    assert not directory.snapshot().groups[0].is_lost
+    assert directory.put(serving(group, RankState.LOST), 2.0)
+    assert not directory.snapshot().groups[0].is_serving
+    assert directory.snapshot().groups[0].is_lost
     assert not GroupEntry("empty", 1, 1).is_serving
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
 
 import grpc
 import pytest
@@ -14,7 +16,7 @@ from moestro.cluster.ranks.backend import ClusterBackend
 from moestro.cluster.ranks.link import RankLink
 from moestro.cluster.ranks.server import CHANNEL_OPTIONS, RankServer
 from moestro.protos import wire
-from moestro.protos.errors import Overloaded, Unavailable
+from moestro.protos.errors import EngineLost, Overloaded, Unavailable
 from moestro.protos.experts import ExpertsReport
 from moestro.protos.gen import rank_pb2 as pb
 from moestro.protos.gen import rank_pb2_grpc
@@ -181,18 +183,113 @@ def test_a_dead_engine_tells_every_gateway_now_and_later() -> None:
     asyncio.run(scenario())
 
 
-def test_drained_waits_for_what_runs_and_not_for_ever() -> None:
+def test_draining_waits_for_what_runs_and_sends_the_rest_elsewhere() -> None:
     async def scenario() -> None:
         async with serving() as (rank, address, _), attached(address) as link:
-            await rank.server.drained(5.0)
-            link.start([request("one")])
-            await until(lambda: bool(rank.requests))
-            await rank.server.drained(0.05)
-            draining = asyncio.create_task(rank.server.drained(5.0))
+            one, two = link.start([request("one")]), link.start([request("two")])
+            await until(lambda: len(rank.requests) == 2)
+            draining = asyncio.create_task(rank.server.drain(0.2))
             await asyncio.sleep(0.05)
+            late = link.start([request("late")])
+            with pytest.raises(EngineLost, match="the rank is leaving") as caught:
+                await late.next()
+            assert not caught.value.died
             assert not draining.done()
-            rank.answer(SequenceDelta(rank.requests[0].sequence_id, finish_reason=FinishReason.LENGTH))
+            ended = SequenceDelta(rank.requests[0].sequence_id, finish_reason=FinishReason.LENGTH)
+            rank.answer(ended)
+            assert [delta.finish_reason for delta in await one.next()] == [FinishReason.LENGTH]
             await asyncio.wait_for(draining, 1.0)
+            with pytest.raises(EngineLost, match="the rank is leaving"):
+                await two.next()
+            assert link.num_open == 0
+            assert rank.requests[1].sequence_id in rank.cancelled
+
+    asyncio.run(scenario())
+
+
+def test_what_a_well_rank_has_lost_goes_elsewhere_and_nobody_died() -> None:
+    async def scenario() -> None:
+        async with serving() as (rank, address, _), attached(address) as link:
+            stream = link.start([request("one")])
+            await until(lambda: bool(rank.requests))
+            rank.server.publish((), (), EngineLoad(), [(rank.requests[0].sequence_id, "parted in different turns")])
+            with pytest.raises(EngineLost, match="parted in different turns") as caught:
+                await stream.next()
+            assert not caught.value.died
+
+    asyncio.run(scenario())
+
+
+def test_gateways_stay_attached_while_the_epoch_changes_and_a_newer_one_ends_the_rank() -> None:
+    async def scenario() -> None:
+        over: list[int] = []
+        async with serving() as (rank, address, _), attached(address) as link:
+            rank.server._on_over = over.append
+            rank.server.epoch = 3
+            stream = link.start([request("one")])
+            await until(lambda: bool(rank.requests))
+            rank.answer(SequenceDelta(rank.requests[0].sequence_id, (7,)))
+            assert await stream.next() == [SequenceDelta("one", (7,))]
+            late = RankLink(address, "gw", "s3cret", 2, lambda _: None)
+            with pytest.raises(Unavailable, match="epoch 2 is over"):
+                await late.connect()
+            await late.close()
+            assert over == []
+            newer = RankLink(address, "gw", "s3cret", 4, lambda _: None)
+            await newer.connect()
+            await newer.close()
+            assert over == [4]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("change", "forming", "died"),
+    [
+        ({"state": RankState.LOST}, False, True),  # said outright
+        ({"address": "127.0.0.1:1"}, False, True),  # another is in its seat
+        ({"state": RankState.LOST}, True, False),  # it was computing nothing when it was lost
+    ],
+)
+def test_streams_of_a_lost_rank_go_on_elsewhere_though_its_connection_holds(
+    change: dict[str, Any], forming: bool, died: bool
+) -> None:
+    async def scenario() -> None:
+        async with serving() as (rank, address, _):
+            backend = ClusterBackend("gw", "s3cret")
+            entry = RankEntry(0, 0, RankState.SERVING, address)
+            backend.update([GroupEntry("g", 1, 1, 2, (entry,))])
+            await asyncio.wait_for(backend.available(), 5.0)
+            stream = backend.start([request("one")])
+            await until(lambda: bool(rank.requests))
+            backend.update([GroupEntry("g", 1, 1, 2, (entry,), forming=forming)])
+            backend.update([GroupEntry("g", 1, 1, 3, (replace(entry, **change),), forming=True)])
+            with pytest.raises(EngineLost) as caught:
+                await asyncio.wait_for(stream.next(), 1.0)
+            assert caught.value.died is died
+            with pytest.raises(Unavailable, match="no rank is serving now"):
+                backend.start([request("two")])
+            await until(lambda: bool(rank.cancelled))
+            await backend.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_draining_rank_finishes_what_it_has_and_gets_nothing_new() -> None:
+    async def scenario() -> None:
+        async with serving() as (rank, address, _):
+            backend = ClusterBackend("gw", "s3cret")
+            entry = RankEntry(0, 0, RankState.SERVING, address)
+            backend.update([GroupEntry("g", 1, 1, 2, (entry,))])
+            await asyncio.wait_for(backend.available(), 5.0)
+            stream = backend.start([request("one")])
+            await until(lambda: bool(rank.requests))
+            backend.update([GroupEntry("g", 1, 1, 2, (replace(entry, state=RankState.DRAINING),))])
+            with pytest.raises(Unavailable, match="no rank is serving now"):
+                backend.start([request("two")])
+            rank.answer(SequenceDelta(rank.requests[0].sequence_id, (7,), finish_reason=FinishReason.LENGTH))
+            assert [delta.token_ids for delta in await stream.next()] == [(7,)]
+            await backend.close()
 
     asyncio.run(scenario())
 

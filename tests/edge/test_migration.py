@@ -1,4 +1,4 @@
-"""Engines are lost at any point, and the caller sees the same answer: no token lost or doubled, numbers without gap."""
+"""Engines are lost at any point, and the caller sees the same answer: no token lost or doubled, no gap in numbers."""
 
 from __future__ import annotations
 

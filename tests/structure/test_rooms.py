@@ -43,7 +43,14 @@ PURE = (
     "cluster/edge/journal.py",
     "cluster/edge/parked.py",
     "cluster/edge/resuming.py",
+    "cluster/edge/admission.py",
+    "cluster/edge/estimates.py",
+    "cluster/edge/fair_queue.py",
+    "cluster/edge/tickets.py",
     "router/placement.py",
+    "router/rehome.py",
+    "router/view.py",
+    "workers/memory_plan.py",
 )
 IMPURE = {"time", "asyncio", "threading", "socket", "torch", "grpc", "ray", "random"}
 

@@ -1,0 +1,74 @@
+"""Changing a cluster that serves, from any process that may talk to its Ray."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+
+from moestro.cluster.config import Config, load_config
+from moestro.cluster.directory import GroupEntry
+from moestro.cluster.serving.app import APP_NAME
+from moestro.cluster.serving.launch import ASK_S, StartFailed, applications, deploy, quiet_ray, wait_until_running
+from moestro.cluster.serving.plan import Plan
+from moestro.cluster.serving.ports import check_ray
+from moestro.cluster.serving.reasons import reason_in
+from moestro.cluster.serving.specs import group_resources
+
+Progress = Callable[[tuple[GroupEntry, ...]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RunningCluster:
+    """A cluster that somebody else has started. ``plan`` is what it was told to be last."""
+
+    plan: Plan
+    directory: Any
+
+    def scale(self, groups: int | None, gateways: int | None, on_progress: Progress) -> Config:
+        """Starts or drains groups and gateways; what stays is not touched. Returns when it is done, with the
+        configuration from now on. Raises ConfigError, StartFailed."""
+        return self._change(self.plan.scaled(groups, gateways), on_progress)
+
+    def update(self, file: Path | None, on_progress: Progress) -> Config:
+        """Replaces every gateway and group, one at a time, each when its successor serves; by the configuration that
+        the cluster has, with what ``file`` names laid over it. Raises ConfigError, StartFailed."""
+        return self._change(self.plan.updated(load_config(file, {}, base=self.plan.config)), on_progress)
+
+    def _change(self, plan: Plan, on_progress: Progress) -> Config:
+        deploy(plan, groups_surge=has_room(group_resources(plan.config, plan.gpus_per_rank), ray.available_resources()))
+        wait_until_running(plan.config, self.directory, on_progress)
+        return plan.config
+
+
+@contextmanager
+def connected(ray_address: str) -> Iterator[RunningCluster]:
+    """The Moestro cluster in the Ray cluster at an address; ``auto`` finds the one that was started on this machine
+    last. Raises ConfigError, StartFailed."""
+    check_ray(ray_address)
+    quiet_ray()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        try:
+            ray.init(address=ray_address, namespace=APP_NAME, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise StartFailed(f"ray-address: {ray_address}: {reason_in(str(error))}") from None
+        if APP_NAME not in applications():
+            raise StartFailed(f"ray-address: no Moestro cluster runs at {ray_address}")
+        directory = serve.get_deployment_handle("Directory", APP_NAME)
+        yield RunningCluster(directory.plan.remote().result(timeout_s=ASK_S), directory)
+    finally:
+        ray.shutdown()
+
+
+def has_room(bundles: list[dict[str, float]], available: dict[str, float]) -> bool:
+    """Whether resources suffice, taken together: how they lie on the nodes is Ray's to find out."""
+    names = {name for bundle in bundles for name in bundle}
+    return all(sum(bundle.get(name, 0.0) for bundle in bundles) <= available.get(name, 0.0) for name in names)
