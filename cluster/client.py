@@ -21,7 +21,7 @@ import grpc
 
 from moestro.cluster import client_calls as calls
 from moestro.cluster.client_calls import CHANNEL_OPTIONS, Attempts, Call, Messages, Options
-from moestro.cluster.client_results import ClusterStatus, GroupExperts, ModelInfo, ServerInfo
+from moestro.cluster.client_results import ClusterStatus, GroupExperts, Incident, ModelInfo, ServerInfo
 from moestro.cluster.edge.events import Completion, StreamEvent, gather
 from moestro.protos.experts import PlacementRequest
 
@@ -80,6 +80,10 @@ class Client:
     def set_placement(self, request: PlacementRequest, group: str = "") -> tuple[str, ...]:
         """Asks one group, or all that serve, to move experts in the background; returns those that have begun."""
         return self._unary(calls.set_placement(request, group))
+
+    def incidents(self, name: str = "") -> tuple[Incident, ...]:
+        """Requests that this gateway tries no more, since ranks died each time they ran; one by name, or all."""
+        return self._unary(calls.incidents(name))
 
     def close(self) -> None:
         """Closes the connection; open streams are cancelled."""
@@ -172,6 +176,10 @@ class AsyncClient:
     async def set_placement(self, request: PlacementRequest, group: str = "") -> tuple[str, ...]:
         """Asks one group, or all that serve, to move experts in the background; returns those that have begun."""
         return await self._unary(calls.set_placement(request, group))
+
+    async def incidents(self, name: str = "") -> tuple[Incident, ...]:
+        """Requests that this gateway tries no more, since ranks died each time they ran; one by name, or all."""
+        return await self._unary(calls.incidents(name))
 
     async def close(self) -> None:
         """Closes the connection; open streams are cancelled."""

@@ -16,12 +16,16 @@ from google.protobuf.message import Message
 from moestro.cluster.client_results import (
     ClusterStatus,
     GroupExperts,
+    Incident,
     ModelInfo,
     ServerInfo,
     cluster_status,
     group_experts,
     model_info,
     server_info,
+)
+from moestro.cluster.client_results import (
+    incidents as decode_incidents,
 )
 from moestro.cluster.edge.events import Completion, StreamEvent
 from moestro.cluster.edge.statuses import DETAILS_KEY, error_of
@@ -164,6 +168,14 @@ def experts(group: str) -> Call[tuple[GroupExperts, ...]]:
         f"{_CLUSTER}GetExperts",
         pb.GetExpertsRequest(group=group).SerializeToString(),
         lambda data: group_experts(pb.GetExpertsResponse.FromString(data)),
+    )
+
+
+def incidents(name: str) -> Call[tuple[Incident, ...]]:
+    return Call(
+        f"{_CLUSTER}GetIncidents",
+        pb.GetIncidentsRequest(name=name).SerializeToString(),
+        lambda data: decode_incidents(pb.GetIncidentsResponse.FromString(data)),
     )
 
 

@@ -78,6 +78,32 @@ class GroupExperts:
     report: ExpertsReport
 
 
+@dataclass(frozen=True, slots=True)
+class Death:
+    """A rank that died while a request ran there."""
+
+    rank: str
+    reason: str
+    age_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Incident:
+    """A request that is not tried again, since a rank died each time it ran."""
+
+    name: str
+    age_s: float
+    request_id: str
+    model: str
+    digest: str  # of prompt, parameters and seed
+    prompt_tokens: int
+    output_tokens: tuple[int, ...]  # by choice
+    max_tokens: int
+    seed: int
+    sampling: dict[str, float]  # the other parameters, by name
+    deaths: tuple[Death, ...]
+
+
 def model_info(m: pb.Model) -> ModelInfo:
     return ModelInfo(m.name, m.architecture, m.max_context, m.vocab_size, m.dtype, m.has_chat_template)
 
@@ -115,3 +141,24 @@ def _rank(m: pb.Rank) -> RankStatus:
 
 def group_experts(message: pb.GetExpertsResponse) -> tuple[GroupExperts, ...]:
     return tuple(GroupExperts(group.group, group.epoch, decode_report(group)) for group in message.groups)
+
+
+def incidents(message: pb.GetIncidentsResponse) -> tuple[Incident, ...]:
+    return tuple(map(_incident, message.incidents))
+
+
+def _incident(m: pb.Incident) -> Incident:
+    sampling = {field.name: value for field, value in m.sampling.ListFields() if field.name != "seed"}
+    return Incident(
+        name=m.name,
+        age_s=m.age_seconds,
+        request_id=m.request_id,
+        model=m.model,
+        digest=m.digest,
+        prompt_tokens=m.prompt_tokens,
+        output_tokens=tuple(m.output_tokens),
+        max_tokens=m.max_tokens,
+        seed=m.sampling.seed,
+        sampling=sampling,
+        deaths=tuple(Death(death.rank, death.reason, death.age_seconds) for death in m.deaths),
+    )

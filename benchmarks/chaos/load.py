@@ -128,7 +128,7 @@ class _Attempt:
             if turn.how is How.CANCEL:
                 return Verdict.EQUAL, ""
             answer = gather(self.events)
-        self.migrations = getattr(answer.usage, "migrations", 0)
+        self.migrations = answer.usage.migrations
         wrong = judge_answer(case.name, self.expected, answer)
         return (Verdict.DIFFERENT, wrong) if wrong else (Verdict.EQUAL, "")
 

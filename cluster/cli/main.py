@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from moestro import __version__
-from moestro.cluster.cli import bench, config, experts, generate, rollout, serve, status, verify
+from moestro.cluster.cli import bench, config, experts, generate, incidents, rollout, serve, status, verify
 from moestro.protos.errors import MoestroError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command()(rollout.update)
 app.command()(generate.generate)
 app.command()(generate.chat)
 app.command()(status.status)
+app.command()(incidents.incidents)
 app.add_typer(experts.app, name="experts")
 app.command()(bench.bench)
 app.command()(verify.verify)

@@ -146,6 +146,7 @@ class RequestCore:
         if request.HasField("resume"):
             raise InvalidRequest([FieldViolation("resume", "must be absent: only a stream can be resumed")])
         with await self.open(request, timeout_s, caller) as stream:
+            stream.is_resumable = False
             return gather([event async for event in stream])
 
     async def tokenize(self, request: pb.TokenizeRequest) -> list[int]:
@@ -203,7 +204,7 @@ class RequestCore:
 
     def _on_close(self, stream: RequestStream) -> None:
         del self._open[stream.request_id]
-        if not stream.has_failed and self.limits.recovery.max_parked:
+        if stream.is_resumable and self.limits.recovery.max_parked:
             self._parked.put(stream.request_id, stream.journal.history(), _now())
             if self._expiry is None:
                 self._expire()
@@ -264,7 +265,7 @@ def _ask(journal: Journal, client: str, deadline_s: float) -> Ask:
         client=client,
         prompt_tokens=len(journal.admitted.prompt_ids) + written,
         max_tokens=max(1, longest - written),
-        choices=len(sequences),
+        choices=max(1, len(sequences)),
         priority=journal.admitted.priority,
         deadline_s=deadline_s,
     )

@@ -6,6 +6,7 @@ and so that a streamed token costs one message and one write.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -15,6 +16,7 @@ import grpc
 from google.protobuf.message import Message
 
 from moestro.cluster.edge.core import Caller, RequestCore, new_request_id
+from moestro.cluster.edge.incidents_wire import encode_incident
 from moestro.cluster.edge.parsing import parse
 from moestro.cluster.edge.statuses import status_of
 from moestro.cluster.edge.wire import encode_completion, encode_event
@@ -132,6 +134,7 @@ class ClusterHandlers:
                 "GetClusterStatus": unary(_unary(pb.GetClusterStatusRequest, self._cluster_status)),
                 "GetExperts": unary(_unary(pb.GetExpertsRequest, self._experts)),
                 "SetPlacement": unary(_unary(pb.SetPlacementRequest, self._set_placement)),
+                "GetIncidents": unary(_unary(pb.GetIncidentsRequest, self._incidents)),
             },
         )
 
@@ -147,6 +150,16 @@ class ClusterHandlers:
     async def _set_placement(self, request: pb.SetPlacementRequest, context: Context) -> bytes:
         validate_placement(request)
         return (await self._cluster.set_placement(request)).SerializeToString()
+
+    async def _incidents(self, request: pb.GetIncidentsRequest, context: Context) -> bytes:
+        found = self._core.incidents.latest()
+        if request.name:
+            found = [incident for incident in found if incident.name == request.name]
+            if not found:
+                described = f"this gateway keeps no incident {request.name[:MAX_ID_CHARS]!r}"
+                raise InvalidRequest([FieldViolation("name", described)])
+        now_s = asyncio.get_running_loop().time()
+        return pb.GetIncidentsResponse(incidents=[encode_incident(each, now_s) for each in found]).SerializeToString()
 
 
 def validate_placement(request: pb.SetPlacementRequest) -> None:

@@ -77,9 +77,6 @@ class Incidents:
         """All that are kept, the newest first."""
         return list(reversed(self._records.values()))
 
-    def find(self, name: str) -> Incident | None:
-        return self._records.get(name)
-
     def of_request(self, request_id: str) -> Incident | None:
         """The newest of that request."""
         return next((record for record in self.latest() if record.request_id == request_id), None)

@@ -25,7 +25,7 @@ class RequestStream:
         on_close: Callable[[RequestStream], None],
     ) -> None:
         self.journal = journal
-        self.has_failed = False  # in a way that it must not be resumed
+        self.is_resumable = True
         self._run = run
         self._deadline_s = deadline_s
         self._permit = permit
@@ -59,7 +59,7 @@ class RequestStream:
                 raise
             asyncio.current_task().uncancel()  # type: ignore[union-attr]
         except BaseException as error:
-            self.has_failed = isinstance(error, SequenceFailed)
+            self.is_resumable = self.is_resumable and not isinstance(error, SequenceFailed)
             self.close()
             raise
         finally:

@@ -584,6 +584,52 @@ class PlacementLayer(_message.Message):
     slots: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, slots: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class GetIncidentsRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class GetIncidentsResponse(_message.Message):
+    __slots__ = ("incidents",)
+    INCIDENTS_FIELD_NUMBER: _ClassVar[int]
+    incidents: _containers.RepeatedCompositeFieldContainer[Incident]
+    def __init__(self, incidents: _Optional[_Iterable[_Union[Incident, _Mapping]]] = ...) -> None: ...
+
+class Incident(_message.Message):
+    __slots__ = ("name", "age_seconds", "request_id", "model", "digest", "prompt_tokens", "output_tokens", "sampling", "max_tokens", "deaths")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    AGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DEATHS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    age_seconds: float
+    request_id: str
+    model: str
+    digest: str
+    prompt_tokens: int
+    output_tokens: _containers.RepeatedScalarFieldContainer[int]
+    sampling: SamplingParams
+    max_tokens: int
+    deaths: _containers.RepeatedCompositeFieldContainer[Death]
+    def __init__(self, name: _Optional[str] = ..., age_seconds: _Optional[float] = ..., request_id: _Optional[str] = ..., model: _Optional[str] = ..., digest: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., max_tokens: _Optional[int] = ..., deaths: _Optional[_Iterable[_Union[Death, _Mapping]]] = ...) -> None: ...
+
+class Death(_message.Message):
+    __slots__ = ("rank", "reason", "age_seconds")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    AGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    rank: str
+    reason: str
+    age_seconds: float
+    def __init__(self, rank: _Optional[str] = ..., reason: _Optional[str] = ..., age_seconds: _Optional[float] = ...) -> None: ...
+
 class SetPlacementResponse(_message.Message):
     __slots__ = ("groups",)
     GROUPS_FIELD_NUMBER: _ClassVar[int]

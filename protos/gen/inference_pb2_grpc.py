@@ -390,6 +390,11 @@ class ClusterServiceStub:
                 request_serializer=moestro_dot_v1_dot_inference__pb2.SetPlacementRequest.SerializeToString,
                 response_deserializer=moestro_dot_v1_dot_inference__pb2.SetPlacementResponse.FromString,
                 _registered_method=True)
+        self.GetIncidents = channel.unary_unary(
+                '/moestro.v1.ClusterService/GetIncidents',
+                request_serializer=moestro_dot_v1_dot_inference__pb2.GetIncidentsRequest.SerializeToString,
+                response_deserializer=moestro_dot_v1_dot_inference__pb2.GetIncidentsResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServiceServicer:
@@ -417,6 +422,13 @@ class ClusterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetIncidents(self, request, context):
+        """Requests that are not tried again, since ranks died each time they ran; of the gateway that answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -434,6 +446,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.SetPlacement,
                     request_deserializer=moestro_dot_v1_dot_inference__pb2.SetPlacementRequest.FromString,
                     response_serializer=moestro_dot_v1_dot_inference__pb2.SetPlacementResponse.SerializeToString,
+            ),
+            'GetIncidents': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetIncidents,
+                    request_deserializer=moestro_dot_v1_dot_inference__pb2.GetIncidentsRequest.FromString,
+                    response_serializer=moestro_dot_v1_dot_inference__pb2.GetIncidentsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -518,6 +535,33 @@ class ClusterService:
             '/moestro.v1.ClusterService/SetPlacement',
             moestro_dot_v1_dot_inference__pb2.SetPlacementRequest.SerializeToString,
             moestro_dot_v1_dot_inference__pb2.SetPlacementResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetIncidents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moestro.v1.ClusterService/GetIncidents',
+            moestro_dot_v1_dot_inference__pb2.GetIncidentsRequest.SerializeToString,
+            moestro_dot_v1_dot_inference__pb2.GetIncidentsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -49,7 +49,7 @@ class Scripted(StubBackend):
 
 class ScriptedStream:
     def __init__(self, tokens: list[int], sequence: SequenceRequest) -> None:
-        self.left = list(tokens)
+        self.left = list(tokens)[len(sequence.output_ids) :]
         self.sequence = sequence
         self.cancelled = False
 
@@ -105,5 +105,25 @@ def test_prompt_defaults_and_random_tokens(model: TextModel) -> None:
         assert text == model.decode([*sequence.prompt_ids, *ids])[len(TEXT) :]
         with pytest.raises(InvalidRequest, match="no chat template"):
             await core.open(pb.ChatRequest(messages=[pb.ChatMessage(role="user", content="hi")]))
+
+    run(test())
+
+
+def test_cut_off_anywhere_and_resumed_the_characters_are_the_same(model: TextModel) -> None:
+    tokens = [*model.encode(TEXT), 0]
+
+    async def test() -> None:
+        for stops in ([], ["END"], ["x", "return '🙂' +"]):
+            request = pb.GenerateRequest(text="x", request_id="r", stop=pb.StopParams(strings=stops))
+            core = serve(model, Scripted(model, tokens))
+            whole = [event async for event in core.stream(request)]
+            for cut in range(len(whole)):
+                arrived = [token for event in whole[:cut] for token in event.deltas[0].token_ids]
+                choices = [pb.ResumedChoice(token_ids=arrived)] if cut else []
+                number = whole[cut - 1].sequence_number if cut else None
+                resume = pb.Resume(last_sequence_number=number, choices=choices)
+                again = pb.GenerateRequest(text="x", request_id="r", stop=request.stop, resume=resume)
+                rest = [event async for event in core.stream(again)]
+                assert [event._replace(usage=None) for event in rest] == [e._replace(usage=None) for e in whole[cut:]]
 
     run(test())

@@ -95,7 +95,7 @@ def test_an_expert_makes_room_by_going_to_its_other_holder() -> None:
 
 
 def test_replicas_stay_where_there_is_room_the_heaviest_first() -> None:
-    """Of three slots one is left to rank 0 for a replica of 0, which is heavy, and 2; 3 moves to one that remains."""
+    """Rank 0 keeps 1 and has room for two of the others; 3 moves to a slot that rank 1 still has."""
     held = [[0, 1, 2, 3], [0, 1, 2, 3]]
     assert rehome(held, 4, 3, [5, 9, 1, 1]).slots == ((0, 1, 2), (0, 3, 2))
     assert rehome(held, 4, 4) == Placement(4, ((0, 1, 2, 3), (0, 1, 2, 3)))
