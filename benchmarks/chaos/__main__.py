@@ -36,6 +36,7 @@ def main(
     hosts: Annotated[
         bool, typer.Option("--hosts", help="The same, each seat on a host of its own. Needs root.")
     ] = False,
+    log: Annotated[Path | None, typer.Option(help="Where the plain processes' log is kept.")] = None,
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/chaos.json"),
 ) -> None:
     """Ends with 1 when a request was lost, an answer differed, or something was left over."""
@@ -47,7 +48,7 @@ def main(
     def tell(line: str) -> None:
         console.print(line, highlight=False)
 
-    started = plain(shape, hosts) if without_ray or hosts else served(shape)
+    started = plain(shape, hosts, log) if without_ray or hosts else served(shape)
     with started as system:
         result = asyncio.run(Experiment(system, settings, faults(seed, chosen), tell).run())
     told = figures(result)

@@ -35,6 +35,8 @@ PURE = (
     "workers/scheduler_sequence.py",
     "workers/kv_blocks.py",
     "cluster/directory.py",
+    "cluster/membership.py",
+    "cluster/membership_records.py",
     "cluster/edge/admitted.py",
     "cluster/edge/history.py",
     "cluster/edge/incidents.py",
