@@ -23,6 +23,7 @@ from moestro.cluster.ranks.report import UNHEARD, RankReport
 from moestro.protos.errors import MoestroError
 from moestro.router.rehome import rehome
 from moestro.router.view import View
+from moestro.workers.worker_state import WorkerPhase
 
 log = logging.getLogger(__name__)
 
@@ -102,12 +103,13 @@ class Supervisor:
         return self._entry
 
     async def start(self) -> None:
-        """Returns when the group serves. Raises GroupFailed with the reason when it does not come up."""
+        """Returns when the group serves. Raises GroupFailed, the reason in its last line, when it does not come up."""
         self._run(self._tick())
         self._run(self._tell_directory())
         self._carry_out(self._membership.begin(self._now_s()))
         while not self._membership.is_settled:
-            self.check()
+            if self._end.done():
+                raise GroupFailed(f"{self._entry.name} did not come up\n{self._end.result()}")
             await asyncio.wait([self._end], timeout=TICK_S)
         await self._put()
 
@@ -222,7 +224,7 @@ class Supervisor:
         self._reports[worker] = report
         since = None if report.step_age_s is None else now_s - report.step_age_s
         view = self._membership.view
-        if view is not None and state.epoch == view.epoch and state.spare_ranks is not None:
+        if view is not None and state.phase is WorkerPhase.SERVING and state.epoch == view.epoch:
             self._membership.needs(len(view.members) - state.spare_ranks)
         self._carry_out(self._membership.told(worker, replace(state, in_step_since_s=since), now_s))
         view = self._membership.view

@@ -30,4 +30,4 @@ class WorkerState:
     progress: int = 0  # grows with every collective the worker has come to in this epoch: who hangs has the least
     in_step_since_s: float | None = None  # when the turn that now runs began; None between turns and asleep
     lost_sequences: int = 0  # given up because a tensor-parallel set could not agree, since the start
-    spare_ranks: int | None = None  # that the group can lose before those left cannot hold all experts; once known
+    spare_ranks: int = 0  # that the group of this epoch can lose before those left cannot hold all experts
