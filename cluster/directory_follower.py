@@ -23,6 +23,7 @@ class DirectoryFollower:
         self._directory = directory
         self._update = update
         self._groups: tuple[GroupEntry, ...] = ()
+        self._gateway: GatewayEntry | None = None
 
     async def follow(self) -> None:
         """Takes pictures, for ever. Without an answer what is known stays true."""
@@ -38,14 +39,22 @@ class DirectoryFollower:
             version = snapshot.version
             self._groups = snapshot.over(self._groups)
             self._update(self._groups)
+            if not snapshot.settled:  # it is new, and may give away an epoch that nobody else remembers
+                await self.tell()
 
-    async def report(self, gateway: GatewayEntry) -> None:
+    async def arrive(self, gateway: GatewayEntry) -> None:
+        """The gateway is there from now on; says so once."""
+        self._gateway = gateway
+        await self.tell()
+
+    async def report(self) -> None:
         """Says that the gateway is there, for ever."""
         while True:
-            await self.tell(gateway)
             await asyncio.sleep(REPORT_S)
+            await self.tell()
 
-    async def tell(self, gateway: GatewayEntry) -> None:
-        """Once, if the directory can be reached: the next report reaches the next one."""
-        with contextlib.suppress(Exception):
-            await self._directory.put_gateway(gateway, {group.name: group.epoch for group in self._groups})
+    async def tell(self) -> None:
+        """Once, if the directory can be reached; the next report reaches the next one."""
+        if self._gateway is not None:
+            with contextlib.suppress(Exception):
+                await self._directory.put_gateway(self._gateway, {group.name: group.epoch for group in self._groups})

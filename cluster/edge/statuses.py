@@ -107,6 +107,9 @@ def error_of(code: grpc.StatusCode, message: str, details: bytes | None) -> Exce
             return Quarantined(message, facts.get("incident", ""))
         case grpc.StatusCode.ABORTED if reason == "SUPERSEDED":
             return Superseded(message)
+        case grpc.StatusCode.CANCELLED:
+            # Not by us, or nobody would read this: gRPC's server does it to a call that comes just when it is stopping.
+            return Unavailable(f"the server cancelled the call: {message}", retry_after_s)
         case grpc.StatusCode.INTERNAL if reason == "SEQUENCE_FAILED":
             return SequenceFailed(message)
         case grpc.StatusCode.DEADLINE_EXCEEDED:

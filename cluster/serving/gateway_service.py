@@ -39,8 +39,8 @@ class GatewayService:
         port = await self._gateway.start()
         here = ray.util.get_node_ip_address() if config.cluster.ray_address else "localhost"
         self._entry = GatewayEntry(name, advertised(config.server.host, port, here))
-        await follower.tell(self._entry)
-        self._reporting = asyncio.create_task(follower.report(self._entry))
+        await follower.arrive(self._entry)
+        self._reporting = asyncio.create_task(follower.report())
 
     async def check_health(self) -> None:
         if self._following.done() or self._reporting.done():

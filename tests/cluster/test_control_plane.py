@@ -11,7 +11,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from tests.cluster.servers import Server, free_port, serving, until
+from benchmarks.steady_load import Asked, SteadyLoad
+from tests.cluster.servers import Server, free_port, run, serving, until
 
 from moestro.cluster.client import Client
 from moestro.cluster.client_calls import CHANNEL_OPTIONS
@@ -100,3 +101,38 @@ def test_a_killed_gateway_takes_only_its_own_connections(server: Server) -> None
         client.close()
     until(lambda: len(server.find("moestro:Gateway")) == 2, 20.0)
     assert [ask(server) for _ in range(4)] == [expected[:8]] * 4
+
+
+def test_it_grows_and_is_replaced_and_shrinks_under_load_without_a_failed_request(server: Server) -> None:
+    asked = [Asked.of(seed, vocab_size=250, max_tokens=100) for seed in range(8)]
+    config = server.home / "update.toml"
+    config.write_text("[scheduler]\nmax_num_tokens = 512\n")
+    with SteadyLoad(server.address, asked, clients=4, seed=0) as load:
+        grown = run(server.home, "scale", "--groups", 2)
+        updated = run(server.home, "update", "--config", config)
+        shrunk = run(server.home, "scale", "--groups", 1, "--gateways", 1)
+    assert load.tally.is_clean, load.tally
+    commands = (grown, updated, shrunk)
+    assert [each.returncode for each in commands] == [0, 0, 0], [each.stderr for each in commands]
+    assert grown.stderr == "2 groups of dp 1 x tp 1, 2 gateways\n"
+    assert updated.stderr.endswith("updated: 2 groups of dp 1 x tp 1, 2 gateways\n")
+    assert shrunk.stderr.endswith("has left\n1 group of dp 1 x tp 1, 1 gateway\n")
+    until(lambda: len(server.find("ray::Rank")) == 1)
+    assert len(server.find("moestro:Gateway")) == 1
+    # The one in the foreground tells the same.
+    assert sum("serves, epoch" in line for line in server.lines[5:]) == 2
+    assert sum("has left" in line for line in server.lines[5:]) == 3
+
+
+def test_what_cannot_change_while_it_serves_is_refused(server: Server, tmp_path: Path) -> None:
+    config = tmp_path / "update.toml"
+    config.write_text('[model]\ndtype = "float32"\n')
+    refused = run(server.home, "update", "--config", config)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr == (
+        "error: model.dtype: cannot change while the cluster serves: it is 'auto', got 'float32'\n"
+    )
+    refused = run(server.home, "scale", "--groups", 0)
+    assert refused.returncode == 1
+    assert "cluster.groups" in refused.stderr
+    assert "greater than or equal to 1" in refused.stderr

@@ -64,6 +64,12 @@ def test_details_that_cannot_be_read(details: bytes | None) -> None:
     assert isinstance(error_of(grpc.StatusCode.UNAVAILABLE, "no connection", details), Unavailable)
 
 
+def test_a_call_that_the_server_cancelled_may_be_made_again() -> None:
+    error = error_of(grpc.StatusCode.CANCELLED, "CANCELLED", None)
+    assert isinstance(error, Unavailable)
+    assert error.retry_after_s > 0
+
+
 def test_the_largest_status_fits_into_trailers() -> None:
     violations = [FieldViolation(f"sampling.logit_bias[{2**32 - i}]", "x" * 500) for i in range(500)]
     status = status_of(InvalidRequest(violations), "r" * 128)

@@ -1,0 +1,165 @@
+"""Groups of real processes that lose members and get new ones: who is well loses no stream, and no bit changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from benchmarks.small_models import make_model, random_ids, save_model
+from tests.distributed.worker_group import WorkerGroup
+
+from moestro.router.parallel import GroupShape
+from moestro.workers.rank_setup import RankSpec
+from moestro.workers.rebalancing.setup import ExpertsSpec
+from moestro.workers.worker_state import WorkerPhase
+
+NUM_TOKENS = 300
+WATCHDOG_S = 1.0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_model(make_model("qwen3_moe", seed=21).bfloat16(), tmp_path_factory.mktemp("model")))
+
+
+def spec(model: str, dp: int, tp: int = 1, dtype: str = "auto") -> RankSpec:
+    return RankSpec(
+        model=model, dtype=dtype, device="cpu", threads=1, kv_bytes=2**22, shape=GroupShape(dp, tp), block_size=4,
+        max_num_sequences=8, max_num_tokens=16, experts=ExpertsSpec(redundant=2), watchdog_s=WATCHDOG_S,
+    )  # fmt: skip
+
+
+class Load:
+    """Two streams a leader, one greedy and one sampled, and what they say when nothing happens."""
+
+    def __init__(self, group: WorkerGroup) -> None:
+        self.group, self.leaders = group, range(0, group.spec.shape.world_size, group.spec.shape.tp)
+        self.turn = 0
+        names = self.begin()
+        group.await_done(names)
+        self.expected = {name.split("/")[1]: self.said(name) for name in names}
+        group.check()
+
+    def begin(self, seats: Any = None) -> list[str]:
+        """Begins the streams of these leaders, by default of all."""
+        self.turn += 1
+        names = []
+        for seat in self.leaders if seats is None else seats:
+            for kind in range(2):
+                name = f"{self.turn}/{seat}{'gs'[kind]}"
+                self.group.submit(name, seat, self.prompt(name), self.sampling(name))
+                names.append(name)
+        return names
+
+    def prompt(self, name: str) -> list[int]:
+        which = name.split("/")[1]
+        return random_ids(5 + 3 * int(which[0]), seed=ord(which[1]))
+
+    def sampling(self, name: str) -> dict[str, Any]:
+        return {
+            "temperature": 0.9 if name.endswith("s") else 0.0, "seed": 7, "max_tokens": NUM_TOKENS, "ignore_eos": True,
+            "logprobs": 0,
+        }  # fmt: skip
+
+    def said(self, name: str) -> tuple[list[int], list[float]]:
+        stream = self.group.streams[name]
+        return stream.tokens, stream.logprobs
+
+    def end(self, names: list[str]) -> None:
+        """All go on to their end with the same bits; those of a seat that is lost were right so far, and go on
+        elsewhere."""
+        here = [name for name in names if self.seat(name) in self.group.seats and not self.group.streams[name].is_lost]
+        self.group.await_done(here)
+        for name in here:
+            assert self.said(name) == self.expected[name.split("/")[1]], name
+        for name in set(names) - set(here):
+            self.replay(name)
+
+    def replay(self, name: str) -> None:
+        tokens, logprobs = self.said(name)
+        expected_tokens, expected_logprobs = self.expected[name.split("/")[1]]
+        num = len(tokens)
+        assert 0 < num < NUM_TOKENS, f"{name}: {num} tokens came before it was lost"
+        assert (tokens, logprobs) == (expected_tokens[:num], expected_logprobs[:num]), name
+        again = f"{name}/again"
+        seat = next(iter(self.group.seats))
+        self.group.submit(again, seat, self.prompt(name), self.sampling(name), tokens)
+        self.group.await_done([again])
+        assert self.said(again) == (expected_tokens[num:], expected_logprobs[num:]), again
+
+    def seat(self, name: str) -> int:
+        return int(name.split("/")[1][0])
+
+
+def stall_s(group: WorkerGroup, names: list[str], since: float) -> float:
+    """The longest silence of streams that lasted beyond ``since``."""
+    gaps = [
+        later - earlier
+        for name in names
+        for earlier, later in zip(group.streams[name].times, group.streams[name].times[1:], strict=False)
+        if later > since
+    ]
+    return max(gaps)
+
+
+@pytest.fixture(params=["boards", "gloo"])
+def group(request: pytest.FixtureRequest, model: str) -> Iterator[WorkerGroup]:
+    with WorkerGroup(spec(model, 3), boards=request.param == "boards") as group:
+        group.start()
+        yield group
+
+
+def test_a_group_shrinks_and_grows_in_place(group: WorkerGroup) -> None:
+    load = Load(group)
+    spare = group.spawn(2)
+
+    # One is killed while all have work: the others notice by themselves, and go on where they were.
+    names = load.begin()
+    group.await_tokens(names, 20)
+    killed_at = group.kill(2)
+    noticed_at = max(group.await_phase(handle, WorkerPhase.BROKEN) for handle in group.without(2))
+    formed_at = group.form(group.without(2))
+    serving_at = group.await_serving()
+    load.end(names)
+    silence_s = stall_s(group, [name for name in names if load.seat(name) < 2], killed_at)
+    print(
+        f"\nkilled: noticed after {noticed_at - killed_at:.3f} s, serving {serving_at - formed_at:.3f} s after the "
+        f"word, longest silence {silence_s:.3f} s"
+    )
+    group.check()
+
+    # Another takes its seat while the others have work.
+    group.await_ready(spare)
+    names = load.begin([0, 1])
+    group.await_tokens(names, 20)
+    formed_at = group.form([*group.seats.values(), spare])
+    print(f"grown: serving {group.await_serving() - formed_at:.3f} s after the word")
+    names += load.begin([2])
+    load.end(names)
+    group.check()
+
+    # Killed while all sleep: their supervisor says so, and work finds them awake.
+    group.kill(0)
+    group.form(group.without(0))
+    group.await_serving()
+    load.end(load.begin([1, 2]))
+
+    # All but one.
+    spares = [group.spawn(0), group.spawn(1)]
+    names = load.begin([1, 2])
+    group.await_tokens(names, 20)
+    group.kill(1)
+    group.form(group.without(1))
+    group.await_serving()
+    load.end(names)
+    group.check()
+
+    # Two at once join one.
+    names = load.begin([2])
+    group.await_tokens(names, 20)
+    group.form([*group.seats.values(), *spares])
+    group.await_serving()
+    load.end(names)
+    load.end(load.begin())
+    group.check()
