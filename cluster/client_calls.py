@@ -1,16 +1,14 @@
-"""What the sync and the async client share: requests from plain arguments, results from messages, and when to retry.
+"""What the sync and the async client share: requests from plain arguments, and results from messages.
 
-No I/O here. A Call is a method, its serialised request, and how to read the answer.
+No I/O here. A Call is a method, its serialised request, and how to read the answer; a StreamCall can be asked again.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypedDict, TypeVar
+from typing import Generic, TypedDict, TypeVar
 
-import grpc
 from google.protobuf.message import Message
 
 from moestro.cluster.client_results import (
@@ -27,10 +25,9 @@ from moestro.cluster.client_results import (
 from moestro.cluster.client_results import (
     incidents as decode_incidents,
 )
-from moestro.cluster.edge.events import Completion, StreamEvent
-from moestro.cluster.edge.statuses import DETAILS_KEY, error_of
-from moestro.cluster.edge.wire import decode_completion, decode_event
-from moestro.protos.errors import FieldViolation, InvalidRequest, MoestroError, Unavailable
+from moestro.cluster.edge.events import StreamEvent
+from moestro.cluster.edge.wire import decode_event
+from moestro.protos.errors import FieldViolation, InvalidRequest
 from moestro.protos.experts import PlacementRequest
 from moestro.protos.experts_wire import encode_placement
 from moestro.protos.gen import inference_pb2 as pb
@@ -39,7 +36,16 @@ from moestro.protos.sequences import Diagnostics
 T = TypeVar("T")
 
 Messages = str | Sequence[Mapping[str, str]]  # one user message, or turns with "role" and "content"
-CHANNEL_OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.enable_retries", 0))
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.enable_retries", 0),
+    # A server that is back is found soon, and one that is gone without a word (its machine was lost) is given up.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1000),  # which is also how long one try to connect may take
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    ("grpc.keepalive_time_ms", 15_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+)
 
 _INFERENCE, _CLUSTER = "/moestro.v1.InferenceService/", "/moestro.v1.ClusterService/"
 
@@ -73,63 +79,37 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[T]):
-    """One call of one method; for a stream ``decode`` reads each message."""
+    """One call of one method that answers once."""
 
     path: str
     data: bytes
     decode: Callable[[bytes], T]
+
+
+@dataclass(frozen=True, slots=True)
+class StreamCall:
+    """One call of Generate or Chat."""
+
+    path: str
+    request: pb.GenerateRequest | pb.ChatRequest
     timeout_s: float | None = None
 
-
-class Attempts:
-    """How often and until when one call is tried."""
-
-    def __init__(self, retries: int, timeout_s: float | None) -> None:
-        self._left = retries
-        self._deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
-
-    @property
-    def remaining_s(self) -> float | None:
-        """For this attempt; None: no deadline."""
-        return None if self._deadline_s is None else self._deadline_s - time.monotonic()
-
-    def pause_after(self, failure: grpc.RpcError, started: bool = False) -> float:
-        """Seconds to wait before trying again, or raises what the failure means: only Unavailable is tried again, and
-        only when the caller has seen nothing yet and there is time."""
-        error = error_from(failure)
-        remaining_s = self.remaining_s
-        if not isinstance(error, Unavailable) or started or self._left == 0:
-            raise error from failure
-        if remaining_s is not None and remaining_s <= error.retry_after_s:
-            raise error from failure
-        self._left -= 1
-        return error.retry_after_s
+    @staticmethod
+    def decode(data: bytes) -> StreamEvent:
+        """One message of the answer: those of both methods are alike."""
+        return decode_event(pb.GenerateResponse.FromString(data).event)
 
 
-def error_from(failure: grpc.RpcError) -> Exception:
-    """An exception of ``protos.errors``, or TimeoutError."""
-    if not isinstance(failure, grpc.Call | grpc.aio.AioRpcError):
-        return MoestroError(str(failure))
-    metadata: Any = failure.trailing_metadata() or ()
-    details = next((value for key, value in metadata if key == DETAILS_KEY), None)
-    return error_of(failure.code(), failure.details() or "", details)
+def stream(prompt: str | Sequence[int], options: Options) -> StreamCall:
+    return StreamCall(f"{_INFERENCE}Generate", _generate_request(prompt, options), options.get("timeout_s"))
 
 
-def generate(prompt: str | Sequence[int], options: Options) -> Call[Completion]:
-    request = pb.CompleteRequest(request=_generate_request(prompt, options))
-    return _call("Complete", request, lambda data: decode_completion(pb.CompleteResponse.FromString(data)), options)
-
-
-def stream(prompt: str | Sequence[int], options: Options) -> Call[StreamEvent]:
-    return _call("Generate", _generate_request(prompt, options), _decode_generate, options)
-
-
-def chat(messages: Messages, options: Options) -> Call[StreamEvent]:
+def chat(messages: Messages, options: Options) -> StreamCall:
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     request = pb.ChatRequest(messages=[pb.ChatMessage(role=m["role"], content=m["content"]) for m in messages])
     _fill(request, options)
-    return _call("Chat", request, lambda data: decode_event(pb.ChatResponse.FromString(data).event), options)
+    return StreamCall(f"{_INFERENCE}Chat", request, options.get("timeout_s"))
 
 
 def tokenize(text: str, model: str, add_special_tokens: bool) -> Call[list[int]]:
@@ -189,13 +169,8 @@ def set_placement(request: PlacementRequest, group: str) -> Call[tuple[str, ...]
     )
 
 
-def _call(method: str, request: Message, decode: Callable[[bytes], T], options: Options | None = None) -> Call[T]:
-    timeout_s = options.get("timeout_s") if options else None
-    return Call(_INFERENCE + method, request.SerializeToString(), decode, timeout_s)
-
-
-def _decode_generate(data: bytes) -> StreamEvent:
-    return decode_event(pb.GenerateResponse.FromString(data).event)
+def _call(method: str, request: Message, decode: Callable[[bytes], T]) -> Call[T]:
+    return Call(_INFERENCE + method, request.SerializeToString(), decode)
 
 
 def _generate_request(prompt: str | Sequence[int], options: Options) -> pb.GenerateRequest:

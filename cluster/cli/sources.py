@@ -12,7 +12,6 @@ from moestro.cluster.client import AsyncClient
 from moestro.cluster.client_calls import Messages, Options
 from moestro.cluster.config import load_config
 from moestro.cluster.edge.events import StreamEvent
-from moestro.protos.gen import inference_pb2 as pb
 
 
 class Source(Protocol):
@@ -43,10 +42,10 @@ async def _local(model: Path | None) -> AsyncIterator[Source]:
 
     class Local:
         def stream(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> AsyncIterator[StreamEvent]:
-            return core.stream(pb.GenerateRequest.FromString(calls.stream(prompt, options).data))
+            return core.stream(calls.stream(prompt, options).request)
 
         def stream_chat(self, messages: Messages, **options: Unpack[Options]) -> AsyncIterator[StreamEvent]:
-            return core.stream(pb.ChatRequest.FromString(calls.chat(messages, options).data))
+            return core.stream(calls.chat(messages, options).request)
 
     try:
         yield Local()

@@ -6,6 +6,7 @@ from array import array
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
+from moestro.cluster.edge.request_ids import seed_of
 from moestro.cluster.edge.served import ServedModel
 from moestro.cluster.edge.validation import ValidRequest, fit
 from moestro.protos.sequences import Diagnostics, SamplingParams
@@ -55,8 +56,3 @@ def settle(valid: ValidRequest, request_id: str, model: ServedModel, prompt_ids:
         priority=valid.priority,
         diagnostics=valid.diagnostics,
     )
-
-
-def seed_of(request_id: str) -> int:
-    """The seed of a request that gives none: another for every id, and the same wherever the request is resumed."""
-    return int.from_bytes(blake2b(request_id.encode(), digest_size=8).digest())

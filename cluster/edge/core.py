@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -23,6 +22,7 @@ from moestro.cluster.edge.incidents import Incidents
 from moestro.cluster.edge.journal import Journal
 from moestro.cluster.edge.parked import Parked
 from moestro.cluster.edge.permits import Permits
+from moestro.cluster.edge.request_ids import new_request_id
 from moestro.cluster.edge.request_stream import RequestStream
 from moestro.cluster.edge.run import Run
 from moestro.cluster.edge.served import EdgeLimits, ServedModel, TextModel
@@ -245,11 +245,6 @@ class RequestCore:
 def _encode_chat(text: TextModel, messages: list[dict[str, str]]) -> list[int]:
     # The template has written the special tokens itself.
     return text.encode(text.render_chat(messages), add_special_tokens=False)
-
-
-def new_request_id() -> str:
-    """An id for a request whose caller gave none."""
-    return f"req-{secrets.token_hex(8)}"
 
 
 def _now() -> float:

@@ -15,9 +15,10 @@ from typing import Any, Protocol, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from moestro.cluster.edge.core import Caller, RequestCore, new_request_id
+from moestro.cluster.edge.core import Caller, RequestCore
 from moestro.cluster.edge.incidents_wire import encode_incident
 from moestro.cluster.edge.parsing import parse
+from moestro.cluster.edge.request_ids import new_request_id
 from moestro.cluster.edge.statuses import status_of
 from moestro.cluster.edge.wire import encode_completion, encode_event
 from moestro.protos.errors import FieldViolation, InvalidRequest

@@ -7,7 +7,8 @@ from types import TracebackType
 import grpc
 
 from moestro.cluster.client import AsyncClient
-from moestro.cluster.client_calls import CHANNEL_OPTIONS, Options, error_from
+from moestro.cluster.client_attempts import error_from
+from moestro.cluster.client_calls import CHANNEL_OPTIONS, Options
 from moestro.cluster.client_results import ClusterStatus, ModelInfo
 from moestro.cluster.edge.events import Completion, gather
 from moestro.cluster.verify.suite import Case

@@ -67,7 +67,7 @@ requests = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(requests, faults)
 def test_wherever_engines_are_lost_the_answer_is_the_same(
     request: pb.GenerateRequest | pb.ChatRequest, faults: list[Fault]

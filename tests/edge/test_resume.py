@@ -70,7 +70,7 @@ cuts = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     cuts=cuts,
     n=st.integers(1, 3),
