@@ -72,7 +72,8 @@ async def gateway(orders: Orders) -> None:
     follower = DirectoryFollower(orders.directory, edge.update)
     following = asyncio.create_task(follower.follow())
     port = await edge.start()
-    await asyncio.gather(following, follower.report(GatewayEntry(orders.name, f"127.0.0.1:{port}")))
+    await follower.arrive(GatewayEntry(orders.name, f"127.0.0.1:{port}"))
+    await asyncio.gather(following, follower.report())
 
 
 async def group(orders: Orders) -> None:
