@@ -41,7 +41,9 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     """A user who has never run Ray; its sockets need a short path."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]))
-    return kept | {"HOME": str(home), "RAY_TMPDIR": str(home), "PYTHONPATH": path, "COLUMNS": "200"} | more
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")  # with what was compiled for all tests
+    new = {"HOME": str(home), "RAY_TMPDIR": str(home), "XDG_CACHE_HOME": cache, "PYTHONPATH": path, "COLUMNS": "200"}
+    return kept | new | more
 
 
 @contextmanager
