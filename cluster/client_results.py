@@ -48,6 +48,8 @@ class RankStatus:
     step_s: float
     resident_bytes: int
     device: str
+    slowness: float = 1.0  # its time for the same work against the others', once it is named for that
+    straggler: bool = False  # named: the others wait for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +61,17 @@ class GroupStatus:
     tp: int
     epoch: int
     ranks: tuple[RankStatus, ...]
+    activity: str = ""  # when it is not simply serving at full strength
+    spare_ranks: int = 0  # how many more it could lose before the others cannot hold all experts
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterStatus:
-    """All groups, and the streams open at the gateway that answered."""
+    """All groups, and of the gateway that answered the open streams, and how many of them have not been started."""
 
     groups: tuple[GroupStatus, ...]
     open_streams: int
+    queued_requests: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +120,19 @@ def server_info(m: pb.GetServerInfoResponse) -> ServerInfo:
 def cluster_status(message: pb.GetClusterStatusResponse) -> ClusterStatus:
     return ClusterStatus(
         groups=tuple(
-            GroupStatus(group.name, group.dp, group.tp, group.epoch, tuple(map(_rank, group.ranks)))
+            GroupStatus(
+                group.name,
+                group.dp,
+                group.tp,
+                group.epoch,
+                tuple(map(_rank, group.ranks)),
+                group.activity,
+                group.spare_ranks,
+            )
             for group in message.groups
         ),
         open_streams=message.open_streams,
+        queued_requests=message.queued_requests,
     )
 
 
@@ -136,6 +150,8 @@ def _rank(m: pb.Rank) -> RankStatus:
         step_s=m.step_seconds,
         resident_bytes=m.resident_bytes,
         device=m.device,
+        slowness=m.slowness or 1.0,
+        straggler=m.straggler,
     )
 
 

@@ -43,8 +43,8 @@ class RankEntry:
 
 @dataclass(frozen=True, slots=True)
 class GroupEntry:
-    """One copy of the model, with a seat for each of ``dp × tp`` ranks; it serves with those that serve. ``epoch`` is the
-    last in which all members have come to serve. A message from an older one is refused."""
+    """One copy of the model, with a seat for each of ``dp × tp`` ranks; it serves with those that serve. ``epoch`` is
+    the last in which all members have come to serve. A message from an older one is refused."""
 
     name: str
     dp: int
@@ -54,7 +54,7 @@ class GroupEntry:
     forming: bool = False  # between two views: nothing is computed
     activity: str = ""  # in words, when it is not simply serving at full strength
     spare_ranks: int = 0  # how many more it could lose before the experts no longer fit the others
-    recovery: RecoveryTotals = RecoveryTotals()
+    recovery: RecoveryTotals = field(default_factory=RecoveryTotals)
 
     @property
     def is_serving(self) -> bool:

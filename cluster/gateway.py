@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Iterable
@@ -15,8 +16,10 @@ from moestro.cluster.directory import GroupEntry
 from moestro.cluster.edge.core import RequestCore
 from moestro.cluster.edge.grpc_server import GrpcOptions, GrpcServer
 from moestro.cluster.edge.served import EdgeLimits, RecoveryLimits, ServedModel
-from moestro.cluster.edge.tickets import AdmissionLimits
-from moestro.cluster.metrics.series import Observed
+from moestro.cluster.edge.tickets import AdmissionLimits, Refusal
+from moestro.cluster.memory_reader import MemoryReader
+from moestro.cluster.memory_watch import watch_memory
+from moestro.cluster.metrics.series import EdgeObserved, Observed
 from moestro.cluster.metrics.server import MetricsServer
 from moestro.cluster.operations import ClusterOperations
 from moestro.cluster.ranks.backend import ClusterBackend
@@ -35,6 +38,7 @@ class Gateway:
         self._backend = ClusterBackend(gateway_id, secret, gateways=config.cluster.gateways)
         self._operations = ClusterOperations(self._backend)
         self._core = RequestCore([served_model(config, self._backend)], edge_limits(config))
+        (self._permits,) = self._core.permits.values()
         server = config.server
         self._server = GrpcServer(
             self._core,
@@ -46,8 +50,11 @@ class Gateway:
                 # While gateways are replaced there is one more of them on the port than there will be.
                 reuse_port=server.port != 0,
                 grace_s=server.drain_s,
+                stall_s=config.admission.stall_s,
+                max_unread_tokens=config.admission.max_unread_tokens,
             ),
         )
+        self._memory: asyncio.Task[None] | None = None
         self._metrics = (
             MetricsServer(self._observe, server.host, metrics_ports(config)) if server.metrics_port else None
         )
@@ -62,6 +69,7 @@ class Gateway:
         """Waits for a rank, then opens the port, which it returns, and that of the metrics."""
         await self._backend.wait_attached()
         port = await self._server.start()
+        self._memory = asyncio.create_task(watch_memory(MemoryReader(), self._permits.set_pressure))
         if self._metrics is not None:
             log.info("metrics on port %d", self._metrics.start())
         return port
@@ -72,6 +80,8 @@ class Gateway:
         if self._metrics is not None:
             await self._metrics.stop()
         await self._backend.close()
+        if self._memory is not None:
+            self._memory.cancel()
 
     async def _observe(self) -> Observed:
         """What the metrics show. Without an answer from the ranks they are those of the gateway alone."""
@@ -79,7 +89,21 @@ class Gateway:
             experts = group_experts(await self._operations.experts(pb.GetExpertsRequest()))
         except (MoestroError, TimeoutError):
             experts = ()
-        return Observed(__version__, self._core.num_open, cluster_status(await self._operations.status()), experts)
+        status = cluster_status(await self._operations.status())
+        return Observed(__version__, self._core.num_open, self._observe_edge(), status, experts)
+
+    def _observe_edge(self) -> EdgeObserved:
+        permits = self._permits
+        queue_s = permits.counts.queue_s
+        return EdgeObserved(
+            queued_requests=permits.num_queued,
+            queued_tokens=permits.queued_tokens,
+            refused={reason.value: permits.counts.refused[reason] for reason in Refusal},
+            queue_bounds_s=queue_s.bounds,
+            queue_counts=queue_s.cumulative(),
+            queue_total_s=queue_s.total,
+            cut_off=self._server.slow.num_cut,
+        )
 
 
 def bracketed(host: str) -> str:

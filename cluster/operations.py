@@ -99,7 +99,14 @@ def _naming(group: GroupEntry, more: str = "") -> Iterator[None]:
 
 
 def group_message(group: GroupEntry, loads: dict[str, EngineLoad]) -> pb.Group:
-    message = pb.Group(name=group.name, dp=group.dp, tp=group.tp, epoch=group.epoch)
+    message = pb.Group(
+        name=group.name,
+        dp=group.dp,
+        tp=group.tp,
+        epoch=group.epoch,
+        activity=group.activity,
+        spare_ranks=group.spare_ranks,
+    )
     for number, rank in enumerate(group.ranks):
         # A tensor-parallel peer does what its leader does, so the leader's load is its load too.
         load = loads.get(group.leader(number).address, EngineLoad())
@@ -116,5 +123,7 @@ def group_message(group: GroupEntry, loads: dict[str, EngineLoad]) -> pb.Group:
             step_seconds=load.step_s,
             resident_bytes=rank.resident_bytes,
             device=rank.device,
+            slowness=load.slowness,
+            straggler=load.slowness > 1,
         )
     return message

@@ -5,6 +5,7 @@
     │   └── ContextOverflow   prompt and output do not fit the context          INVALID_ARGUMENT
     ├── UnknownModel          no such model is served here                      NOT_FOUND
     ├── Overloaded            a bound of ours was reached; try again later      RESOURCE_EXHAUSTED
+    │   └── SlowConsumer      the client did not read; it may resume            RESOURCE_EXHAUSTED
     ├── Unavailable           no rank can take it now; try again later          UNAVAILABLE
     │   └── EngineLost        the engine that ran it is gone; can go on elsewhere
     ├── SequenceFailed        this one request failed inside the engine         INTERNAL
@@ -61,6 +62,10 @@ class Overloaded(MoestroError):
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         self.retry_after_s = retry_after_s
         super().__init__(message)
+
+
+class SlowConsumer(Overloaded):
+    """The client did not read its stream, which was cut off. It can be resumed."""
 
 
 class Unavailable(MoestroError):

@@ -86,7 +86,7 @@ def formed(meeting: Meeting, share: Share, account: Account, begin_anew: Callabl
             mesh.control,
             partial(spread_over, mesh, spec, config, share.model.cache_spec.dtype, node_of_rank),
             share.open_source,
-            most_slots=config.num_experts,
+            most_slots=share.most_slots,
             redundant=spec.experts.redundant,
             superseded=interruption.event,
         )
@@ -101,6 +101,7 @@ def formed(meeting: Meeting, share: Share, account: Account, begin_anew: Callabl
             rank=meeting.rank,
             node_of_rank=node_of_rank,
             open_source=share.open_source,
+            tp=view.tp,
         )
         leaving.callback(experts.close)
         _await_all(meeting)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from moestro.protos import wire
 from moestro.protos.gen import rank_pb2 as pb
@@ -41,11 +41,13 @@ class Outbox:
     def __init__(self, publish: Callable[[StepOutput], None]) -> None:
         self._publish = publish
         self._outputs: list[StepOutput] = []
+        self._slowness = 1.0
 
     def put(self, output: StepOutput) -> None:
         """Keeps what says something."""
-        if output.deltas or output.refusals or output.lost:
+        if output.deltas or output.refusals or output.lost or output.load.slowness != self._slowness:
             self._outputs.append(output)
+            self._slowness = output.load.slowness
 
     def flush(self) -> None:
         outputs, self._outputs = self._outputs, []
@@ -150,7 +152,7 @@ class RankLoop:
             engine.abandon(plan)
             raise
         account.applied += 1
-        self._outbox.put(StepOutput(deltas, [], engine.load()))
+        self._outbox.put(StepOutput(deltas, [], self._load()))
         if agreement.idle:
             account.turn_since_s = None
             self._outbox.flush()
@@ -185,4 +187,7 @@ class RankLoop:
                     refusals.append((message.submit.sequence_id, reason))
         self._account.messages += len(messages)
         if refusals:
-            self._outbox.put(StepOutput([], refusals, self._engine.load()))
+            self._outbox.put(StepOutput([], refusals, self._load()))
+
+    def _load(self) -> EngineLoad:
+        return replace(self._engine.load(), slowness=self._experts.slowness)

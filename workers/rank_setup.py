@@ -31,6 +31,7 @@ from moestro.workers.engine import Engine
 from moestro.workers.kv_cache import CacheSpec, KVCache
 from moestro.workers.loading import OnProgress, open_source
 from moestro.workers.loading import load_share as read_share
+from moestro.workers.memory_use import most_slots
 from moestro.workers.model.decoder import Decoder
 from moestro.workers.model_config import ModelConfig
 from moestro.workers.rebalancing.loader import OpenSource
@@ -54,6 +55,8 @@ class RankSpec:
     kernels: BackendName = "auto"
     threads: int = 0  # 0: torch's own choice
     kv_bytes: int = 256 * 2**20
+    memory_bytes: int = 0  # that a rank may use in all, on its device; 0: its share of what there is
+    ranks_per_host: int = 0  # that share a host's memory where ``memory_bytes`` is 0; 0: those of the group
     shape: GroupShape = field(default_factory=GroupShape)
     block_size: int = 16
     max_num_sequences: int = 256
@@ -77,6 +80,7 @@ class Share:
     seat: TensorParallelSeat
     cache: KVCache
     limits: EngineLimits
+    most_slots: int  # experts of a layer that fit in memory
     open_source: OpenSource
 
     def scheduler(self) -> Scheduler:
@@ -105,9 +109,10 @@ def load_share(
     place = TensorParallelSeat(spec.shape.tp_rank(seat), spec.shape.tp)
     model = read_share(checkpoint, held, dtype=dtype, device=device, backend=backend, tp=place, on_progress=on_progress)
     cache, limits = _cache(spec, model)
-    return Share(
-        spec, checkpoint, backend, device, model, place, cache, limits, partial(open_source, checkpoint, dtype, device)
-    )
+    sharers = spec.ranks_per_host or spec.shape.world_size
+    most = most_slots(model, device, cache.num_bytes, spec.memory_bytes, sharers)
+    source = partial(open_source, checkpoint, dtype, device)
+    return Share(spec, checkpoint, backend, device, model, place, cache, limits, most, source)
 
 
 def _cache(spec: RankSpec, model: Decoder) -> tuple[KVCache, EngineLimits]:

@@ -5,6 +5,7 @@ Legend: N ranks of the group, R rows of logits, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -99,10 +100,10 @@ class _Forwarded:
     @torch.inference_mode()
     def collect(self) -> StepResult:
         sampled = draw(self._logits_RV, self._rows)
+        prompts, failed = _prompt_logprobs(self._logits_RV, self._rows)
+        sampled.update(failed)
         sampled.update(failures(self._plan, self._batch.health.bad_rows(), self._batch.health))
-        return StepResult(
-            sampled, _prompt_logprobs(self._logits_RV, self._rows), _traces(self._plan, self._batch.trace)
-        )
+        return StepResult(sampled, prompts, _traces(self._plan, self._batch.trace))
 
 
 def draw(logits_RV: Tensor, rows: LogitRows) -> dict[str, SampledToken]:
@@ -128,17 +129,25 @@ def failures(plan: StepPlan, bad_rows: Sequence[int], health: StepHealth) -> dic
     }
 
 
-def _prompt_logprobs(logits_RV: Tensor, rows: LogitRows) -> dict[str, tuple[TokenLogprobs, ...]]:
-    found = {}
+def _prompt_logprobs(
+    logits_RV: Tensor, rows: LogitRows
+) -> tuple[dict[str, tuple[TokenLogprobs, ...]], dict[str, SampledToken]]:
+    """By sequence what is known of its prompt, and which sequences fail of it."""
+    found, failed = {}, {}
     first = len(rows.samples)
     for span, count in rows.prompts:
         sequence = span.sequence
         next_ids = sequence.token_ids[span.start + 1 : span.start + 1 + count]
         wanted = sequence.sampling.prompt_logprobs
         assert wanted is not None
-        found[sequence.sequence_id] = prompt_logprobs(logits_RV[first : first + count], next_ids, wanted)
+        logprobs = prompt_logprobs(logits_RV[first : first + count], next_ids, wanted)
+        found[sequence.sequence_id] = logprobs
         first += count
-    return found
+        bad = next((place for place, one in enumerate(logprobs) if math.isnan(one.logprob)), None)
+        if bad is not None:
+            error = f"the model's logits contain NaN or +Inf at position {span.start + bad} of the prompt"
+            failed[sequence.sequence_id] = SampledToken(NOTHING_DRAWN, error=error)
+    return found, failed
 
 
 def _traces(plan: StepPlan, trace: HiddenTrace | None) -> dict[str, tuple[PositionTrace, ...]]:

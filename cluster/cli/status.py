@@ -25,7 +25,8 @@ def status(
         return
     console = Console()
     for group in cluster.groups:
-        table = Table(title=f"{group.name}  dp {group.dp} x tp {group.tp}  epoch {group.epoch}", title_justify="left")
+        title = f"{group.name}  dp {group.dp} x tp {group.tp}  epoch {group.epoch}  spare ranks {group.spare_ranks}"
+        table = Table(title=f"{title}  {group.activity}".rstrip(), title_justify="left")
         for name in ("rank", "state", "device"):
             table.add_column(name, no_wrap=True)
         for name in ("run", "wait", "KV blocks", "steps", "step ms", "MiB"):
@@ -33,7 +34,7 @@ def status(
         for rank in group.ranks:
             table.add_row(
                 rank.name.removeprefix(f"{group.name} rank "),
-                rank.state,
+                f"{rank.state}, {rank.slowness:.1f} x slow" if rank.straggler else rank.state,
                 rank.device,
                 str(rank.num_running),
                 str(rank.num_waiting),
@@ -43,4 +44,5 @@ def status(
                 f"{rank.resident_bytes / 2**20:.0f}",
             )
         console.print(table)
-    console.print(f"{cluster.open_streams} open streams at this gateway", highlight=False)
+    waiting = f", {cluster.queued_requests} of them waiting" if cluster.queued_requests else ""
+    console.print(f"{cluster.open_streams} open streams at this gateway{waiting}", highlight=False)

@@ -73,17 +73,22 @@ class Admission:
     def offer(self, ask: Ask, capacity: Capacity, now_s: float) -> Ticket:
         """Puts a request into the line. Raises Overloaded when it would not start in time, or there is no place."""
         self.check(ask.client, ask.deadline_s, capacity, now_s)
-        output_tokens = self._outputs.expected(ask.max_tokens)
-        cost = ask.choices * (ask.prompt_tokens + output_tokens)
-        start_by_s = min(now_s + self.limits.max_queue_s, ask.deadline_s)
-        if len(self._queue) or not self._fits(ask.choices, cost, capacity):
-            start_by_s = min(start_by_s, ask.deadline_s - self._pace.needed_s(output_tokens))
-            self._check_wait(ask.client, cost, start_by_s, now_s)
-            while (victim := self._victim(ask.client, cost, capacity, now_s)) is not None:
+        ticket = self._ticket(ask, now_s)
+        if len(self._queue) or not self._fits(ask.choices, ticket.cost, capacity):
+            needed_s = self._pace.needed_s(ticket.output_tokens)
+            ticket.start_by_s = min(ticket.start_by_s, ask.deadline_s - needed_s)
+            self._check_wait(ask.client, ticket.cost, ticket.start_by_s, now_s)
+            while (victim := self._victim(ask.client, ticket.cost, capacity, now_s)) is not None:
                 self._give_up(self._waiting[victim], Refusal.FULL, now_s)
-        ticket = Ticket(ask, Waiting(ask.client, cost, ask.priority), output_tokens, now_s, start_by_s)
         self._queue.put(ticket.place)
         self._waiting[ticket.place] = ticket
+        return ticket
+
+    def go_on(self, ask: Ask, now_s: float) -> Ticket:
+        """For what has waited already and was cut off: started at once, whatever waits."""
+        ticket = self._ticket(ask, now_s)
+        ticket.started_s = now_s
+        self._count_open(ticket, 1)
         return ticket
 
     def advance(self, capacity: Capacity, now_s: float) -> list[Outcome]:
@@ -124,7 +129,7 @@ class Admission:
             return
         ticket.is_over = True
         self._count_open(ticket, -1)
-        per_choice = written / ticket.ask.choices
+        per_choice = written / max(1, ticket.ask.choices)
         if finished:
             self._outputs.learn(ticket.ask.max_tokens, per_choice)
         first_s = None if first_s is None else first_s - ticket.started_s
@@ -139,6 +144,12 @@ class Admission:
         self._return_s = min(max(self._return_s, now_s + earliest_s) + each_s, now_s + latest_s)
         retry_s = self._return_s - now_s if each_s else UNKNOWN_RETRY_S
         return Overloaded(message, max(MIN_RETRY_S, retry_s))
+
+    def _ticket(self, ask: Ask, now_s: float) -> Ticket:
+        output_tokens = self._outputs.expected(ask.max_tokens)
+        cost = max(1, ask.choices * (ask.prompt_tokens + output_tokens))
+        start_by_s = min(now_s + self.limits.max_queue_s, ask.deadline_s)
+        return Ticket(ask, Waiting(ask.client, cost, ask.priority), output_tokens, now_s, start_by_s)
 
     # Room.
 

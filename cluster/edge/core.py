@@ -10,38 +10,31 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
 from math import inf
 from typing import ParamSpec, TypeVar
 
 from moestro.cluster.edge.admission import Admission
 from moestro.cluster.edge.admitted import Admitted, settle
+from moestro.cluster.edge.admitting import Admitting
+from moestro.cluster.edge.callers import NOBODY, Caller, ask_for
 from moestro.cluster.edge.events import Completion, StreamEvent, gather
 from moestro.cluster.edge.history import Arrived
 from moestro.cluster.edge.incidents import Incidents
 from moestro.cluster.edge.journal import Journal
-from moestro.cluster.edge.parked import Parked
+from moestro.cluster.edge.parking import Parking
 from moestro.cluster.edge.permits import Permits
 from moestro.cluster.edge.request_ids import new_request_id
 from moestro.cluster.edge.request_stream import RequestStream
 from moestro.cluster.edge.run import Run
 from moestro.cluster.edge.served import EdgeLimits, ServedModel, TextModel
 from moestro.cluster.edge.suspects import Suspects
-from moestro.cluster.edge.tickets import Ask, Refusal
+from moestro.cluster.edge.tickets import Refusal
 from moestro.cluster.edge.validation import ValidRequest, validate_chat, validate_generate, validate_token_ids
 from moestro.protos.errors import FieldViolation, InvalidRequest, Overloaded, UnknownModel
 from moestro.protos.gen import inference_pb2 as pb
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who asks. ``name`` is what admission is fair to; ``remaining_s``: until the caller gives up, by its own clock."""
-
-    name: str = ""
-    remaining_s: float | None = None
 
 
 class RequestCore:
@@ -54,9 +47,8 @@ class RequestCore:
         self.models = {model.name: model for model in models}
         self.incidents = Incidents(self.limits.recovery.max_incidents)
         self._open: dict[str, RequestStream] = {}  # by request id
-        self._admitting: set[str] = set()
-        self._parked = Parked(self.limits.recovery.resume_s, self.limits.recovery.max_parked)
-        self._expiry: asyncio.TimerHandle | None = None
+        self._admitting: dict[str, Admitting] = {}
+        self._parking = Parking(self.limits.recovery)
         self._suspects = Suspects()
         self._num_text_calls = 0
         self.permits = {
@@ -76,7 +68,7 @@ class RequestCore:
     @property
     def num_parked(self) -> int:
         """Streams that are no more and can be resumed."""
-        return len(self._parked)
+        return len(self._parking)
 
     def find(self, name: str) -> ServedModel:
         """The model of that name; the only one when the name is empty. Raises UnknownModel."""
@@ -90,7 +82,7 @@ class RequestCore:
         self,
         request: pb.GenerateRequest | pb.ChatRequest,
         timeout_s: float | None = None,
-        caller: Caller = Caller(),
+        caller: Caller = NOBODY,
     ) -> RequestStream:
         """Admits a request, waiting for its turn, or takes up again one that was cut off. Raises InvalidRequest,
         UnknownModel, Overloaded, Unavailable, Quarantined or TimeoutError, with nothing started then."""
@@ -107,14 +99,17 @@ class RequestCore:
         remaining_s = min(inf if each is None else each for each in (timeout_s, caller.remaining_s))
         permits = self.permits[model.name]
         with self._admit(valid, permits) as request_id:
-            permits.check(caller.name, started_s + remaining_s)
+            goes_on = valid.resume is not None and (request_id in self._open or request_id in self._parking)
+            if not goes_on:
+                permits.check(caller.name, started_s + remaining_s)
             async with asyncio.timeout_at(deadline_s):
                 prompt_ids = await self._prompt_ids(model, valid)
                 admitted = settle(valid, request_id, model, prompt_ids)
                 journal = Journal(admitted, model.text, model.open_text, started_s)
                 if valid.resume is not None:
                     journal.resume(self._arrived(valid.resume, admitted))
-                permit = await permits.take(_ask(journal, caller.name, started_s + remaining_s))
+                ask = ask_for(journal, caller.name, started_s + remaining_s)
+                permit = permits.go_on(ask) if goes_on else await permits.take(ask)
             journal.wait(permit.queued_s)
             run = Run(journal, model.backend, self.limits.recovery, self._suspects, self.incidents)
             try:
@@ -123,7 +118,7 @@ class RequestCore:
                 permit.give_back()
                 raise
             stream = self._open[request_id] = RequestStream(journal, run, deadline_s, permit, self._on_close)
-            self._parked.discard(request_id)
+            self._parking.discard(request_id)
         return stream
 
     async def stream(
@@ -138,7 +133,7 @@ class RequestCore:
         self,
         request: pb.GenerateRequest | pb.ChatRequest,
         timeout_s: float | None = None,
-        caller: Caller = Caller(),
+        caller: Caller = NOBODY,
     ) -> Completion:
         """Admits and gathers the whole answer. Raises as ``open`` does."""
         if request.diagnostics.trace:
@@ -175,13 +170,18 @@ class RequestCore:
         if self.num_open >= self.limits.max_open_requests:
             raise permits.refuse(Refusal.OPEN, f"{self.num_open} requests are open, the most this gateway takes")
         request_id = valid.request_id or new_request_id()
-        if request_id in self._admitting or (request_id in self._open and valid.resume is None):
+        earlier = self._admitting.get(request_id)
+        if valid.resume is None and (earlier is not None or request_id in self._open):
             raise InvalidRequest([FieldViolation("request_id", "is that of an open request")])
-        self._admitting.add(request_id)
+        if earlier is not None:
+            earlier.supersede(valid)
+        admitting = self._admitting[request_id] = Admitting(valid)
         try:
-            yield request_id
+            with admitting:
+                yield request_id
         finally:
-            self._admitting.discard(request_id)
+            if self._admitting.get(request_id) is admitting:
+                del self._admitting[request_id]
 
     def _arrived(self, claimed: Arrived, admitted: Admitted) -> Arrived:
         """What the caller of a stream has of it. A stream that is still open is taken over. Raises InvalidRequest,
@@ -190,29 +190,15 @@ class RequestCore:
         if (incident := self.incidents.of_request(request_id)) is not None:
             raise incident.verdict()
         open_stream = self._open.get(request_id)
-        history = self._parked.find(request_id, _now()) if open_stream is None else open_stream.journal.history()
-        if history is not None and history.digest != admitted.digest:
-            raise InvalidRequest([FieldViolation("resume", "the rest of the request is not as it was")])
-        if not claimed.choices and (history is not None or claimed.last_number is not None):
-            if history is None:
-                described = "must be set: of this request nothing is remembered here"
-                raise InvalidRequest([FieldViolation("resume.choices", described)])
-            claimed = history.arrived(claimed.last_number)
+        arrived = self._parking.arrived(claimed, admitted, None if open_stream is None else open_stream.journal)
         if open_stream is not None:
             open_stream.supersede()
-        return claimed
+        return arrived
 
     def _on_close(self, stream: RequestStream) -> None:
         del self._open[stream.request_id]
-        if stream.is_resumable and self.limits.recovery.max_parked:
-            self._parked.put(stream.request_id, stream.journal.history(), _now())
-            if self._expiry is None:
-                self._expire()
-
-    def _expire(self) -> None:
-        again_s = self._parked.expire(_now())
-        loop = asyncio.get_running_loop()
-        self._expiry = None if again_s is None else loop.call_at(again_s, self._expire)
+        if stream.is_resumable:
+            self._parking.park(stream.journal)
 
     async def _prompt_ids(self, model: ServedModel, valid: ValidRequest) -> tuple[int, ...]:
         if isinstance(valid.prompt, tuple):
@@ -249,18 +235,3 @@ def _encode_chat(text: TextModel, messages: list[dict[str, str]]) -> list[int]:
 
 def _now() -> float:
     return asyncio.get_running_loop().time()
-
-
-def _ask(journal: Journal, client: str, deadline_s: float) -> Ask:
-    """What a request costs from here: of one that is gone on with, what was written before belongs to the prompt."""
-    sequences = journal.sequences()
-    written = max((len(sequence.output_ids) for sequence in sequences), default=0)
-    longest = max((sequence.sampling.max_tokens for sequence in sequences), default=0)
-    return Ask(
-        client=client,
-        prompt_tokens=len(journal.admitted.prompt_ids) + written,
-        max_tokens=max(1, longest - written),
-        choices=max(1, len(sequences)),
-        priority=journal.admitted.priority,
-        deadline_s=deadline_s,
-    )

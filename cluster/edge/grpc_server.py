@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from moestro.cluster.edge.core import RequestCore
 from moestro.cluster.edge.grpc_services import CLUSTER, INFERENCE, ClusterHandlers, ClusterSource, InferenceHandlers
 from moestro.cluster.edge.open_calls import OpenCalls
+from moestro.cluster.edge.slow_consumers import SlowConsumers
 from moestro.protos.errors import ConfigError
 
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
@@ -32,6 +33,8 @@ class GrpcOptions:
     max_concurrent_streams: int = 1024  # per connection; beyond it a client's calls wait on its side
     reuse_port: bool = False  # several servers on one port, for several gateway processes on one machine
     grace_s: float = 10.0  # what open streams get to finish in when the server stops
+    stall_s: float = 30.0  # a client that reads nothing for so long is cut off
+    max_unread_tokens: int = 4096  # and so is one for which more is held
     keepalive_s: float = 60.0  # a silent connection is pinged after this long, and dropped if it does not answer
 
 
@@ -43,6 +46,7 @@ class GrpcServer:
     ) -> None:
         self.options = options or GrpcOptions()
         self.port = 0  # known once started
+        self.slow = SlowConsumers(self.options.stall_s, self.options.max_unread_tokens)
         self._health = aio_health.HealthServicer()
         self._open_calls = OpenCalls((INFERENCE, CLUSTER))
         self._server = grpc.aio.server(
@@ -51,7 +55,7 @@ class GrpcServer:
             # A backstop far above the core's own bound, which answers with details.
             maximum_concurrent_rpcs=4 * core.limits.max_open_requests + 64,
         )
-        handlers = (InferenceHandlers(core, version).generic(), ClusterHandlers(core, cluster).generic())
+        handlers = (InferenceHandlers(core, version, self.slow).generic(), ClusterHandlers(core, cluster).generic())
         self._server.add_generic_rpc_handlers((*handlers, _reflection_v1((INFERENCE, CLUSTER))))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(_service_names((INFERENCE, CLUSTER)), self._server)

@@ -15,10 +15,12 @@ from typing import Any, Protocol, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from moestro.cluster.edge.core import Caller, RequestCore
+from moestro.cluster.edge.callers import Caller
+from moestro.cluster.edge.core import RequestCore
 from moestro.cluster.edge.incidents_wire import encode_incident
 from moestro.cluster.edge.parsing import parse
 from moestro.cluster.edge.request_ids import new_request_id
+from moestro.cluster.edge.slow_consumers import SlowConsumers
 from moestro.cluster.edge.statuses import status_of
 from moestro.cluster.edge.wire import encode_completion, encode_event
 from moestro.protos.errors import FieldViolation, InvalidRequest
@@ -40,8 +42,9 @@ M = TypeVar("M", bound=Message)
 class InferenceHandlers:
     """moestro.v1.InferenceService."""
 
-    def __init__(self, core: RequestCore, version: str) -> None:
+    def __init__(self, core: RequestCore, version: str, slow: SlowConsumers) -> None:
         self._core = core
+        self._slow = slow
         self._version = version
         self._started_s = time.monotonic()
 
@@ -66,9 +69,11 @@ class InferenceHandlers:
         if (COMPRESSION_KEY, "gzip") in (context.invocation_metadata() or ()):
             context.set_compression(grpc.Compression.Gzip)
         # From here on the deadline is gRPC's: when it passes, this task is cancelled, which closes the stream.
-        with await self._core.open(request, caller=_caller(context)) as stream:
+        with await self._core.open(request, caller=_caller(context)) as stream, self._slow.watch(stream) as reader:
             while (event := await stream.next()) is not None:
+                reader.writing = event.sequence_number
                 await context.write(encode_event(event))
+                reader.writing = None
 
     async def _complete(self, request: pb.CompleteRequest, context: Context) -> bytes:
         if context.time_remaining() == 0:

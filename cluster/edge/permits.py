@@ -8,6 +8,7 @@ from collections.abc import Callable
 from moestro.cluster.backend import Capacity
 from moestro.cluster.edge.admission import Admission
 from moestro.cluster.edge.tickets import AdmissionCounts, Ask, Refusal, Ticket
+from moestro.cluster.memory import Pressure
 from moestro.protos.errors import Overloaded, Unavailable
 
 POLL_S = 0.02  # while somebody waits: ranks come and go, and other gateways' requests end, without a word to us
@@ -82,6 +83,10 @@ class Permits:
                 raise
         return Permit(self, ticket)
 
+    def go_on(self, ask: Ask) -> Permit:
+        """For a request that had a permit and was cut off."""
+        return Permit(self, self._admission.go_on(ask, _now()))
+
     def release(self, ticket: Ticket, first_s: float | None = None, written: int = 0, finished: bool = False) -> None:
         now_s = _now()
         self._admission.release(ticket, now_s, first_s=first_s, written=written, finished=finished)
@@ -92,10 +97,10 @@ class Permits:
         """A refusal for a reason that admission does not know of, counted with the others."""
         return self._admission.refuse(reason, message, _now())
 
-    def set_shedding(self, new: bool, waiting: bool) -> None:
-        """Memory runs short: nothing ``new`` is taken; all that is ``waiting`` is given up."""
-        self._admission.is_shedding = new
-        if waiting:
+    def set_pressure(self, pressure: Pressure) -> None:
+        """How short the memory of this process is."""
+        self._admission.is_shedding = pressure >= Pressure.NEW
+        if pressure >= Pressure.WAITING:
             now_s = _now()
             self._admission.shed(now_s)
             self._advance(self._capacity_now(), now_s)

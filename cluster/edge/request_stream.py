@@ -68,6 +68,10 @@ class RequestStream:
             raise Superseded("a later call has resumed this stream")
         return None
 
+    def num_unread(self) -> int:
+        """Tokens that have come and were not asked for."""
+        return self._run.num_unread()
+
     def close(self) -> None:
         """Cancels what still runs and gives the place back. Idempotent."""
         if not self._closed:

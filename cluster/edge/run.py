@@ -59,6 +59,9 @@ class Run:
                 self._journal.interrupt(_now())
                 await self._pause(refusal)  # an admitted request is not lost to a full queue
 
+    def num_unread(self) -> int:
+        return 0 if self._deltas is None else self._deltas.num_unread()
+
     def close(self) -> None:
         """Cancels what still runs. Idempotent."""
         self._closed = True

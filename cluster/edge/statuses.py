@@ -20,6 +20,7 @@ from moestro.protos.errors import (
     Overloaded,
     Quarantined,
     SequenceFailed,
+    SlowConsumer,
     Superseded,
     Unavailable,
     UnknownModel,
@@ -36,6 +37,7 @@ _CODES: tuple[tuple[type[BaseException], grpc.StatusCode, str], ...] = (
     (ContextOverflow, grpc.StatusCode.INVALID_ARGUMENT, "CONTEXT_OVERFLOW"),
     (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
     (UnknownModel, grpc.StatusCode.NOT_FOUND, "UNKNOWN_MODEL"),
+    (SlowConsumer, grpc.StatusCode.RESOURCE_EXHAUSTED, "SLOW_CONSUMER"),
     (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
     (Unavailable, grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE"),
     (Quarantined, grpc.StatusCode.INTERNAL, "QUARANTINED"),
@@ -103,13 +105,13 @@ def error_of(code: grpc.StatusCode, message: str, details: bytes | None) -> Exce
             return Overloaded(message, retry_after_s)
         case grpc.StatusCode.UNAVAILABLE:
             return Unavailable(message, retry_after_s)
+        case grpc.StatusCode.CANCELLED:
+            # Not by us, or nobody would read this: gRPC's server does it to a call that comes just when it is stopping.
+            return Unavailable(f"the server cancelled the call: {message}", retry_after_s)
         case grpc.StatusCode.INTERNAL if reason == "QUARANTINED":
             return Quarantined(message, facts.get("incident", ""))
         case grpc.StatusCode.ABORTED if reason == "SUPERSEDED":
             return Superseded(message)
-        case grpc.StatusCode.CANCELLED:
-            # Not by us, or nobody would read this: gRPC's server does it to a call that comes just when it is stopping.
-            return Unavailable(f"the server cancelled the call: {message}", retry_after_s)
         case grpc.StatusCode.INTERNAL if reason == "SEQUENCE_FAILED":
             return SequenceFailed(message)
         case grpc.StatusCode.DEADLINE_EXCEEDED:

@@ -8,10 +8,10 @@ covers a sliding window is a gauge.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from moestro.cluster.client_results import ClusterStatus, GroupExperts, GroupStatus
@@ -24,11 +24,25 @@ Samples = Iterable[tuple[tuple[str, ...], float]]  # label values and value
 
 
 @dataclass(frozen=True, slots=True)
+class EdgeObserved:
+    """What a gateway does with those it does not serve at once; counts since its start."""
+
+    queued_requests: int
+    queued_tokens: int
+    refused: Mapping[str, int]  # by reason; every reason there is
+    queue_bounds_s: Sequence[float]
+    queue_counts: Sequence[int]  # that waited at most so long; the last: all
+    queue_total_s: float
+    cut_off: int
+
+
+@dataclass(frozen=True, slots=True)
 class Observed:
     """One gateway and its cluster at one moment."""
 
     version: str
     open_requests: int
+    edge: EdgeObserved
     status: ClusterStatus
     experts: tuple[GroupExperts, ...]  # of the groups that answered
 
@@ -37,9 +51,22 @@ def series(observed: Observed) -> Iterator[Metric]:
     """All families, each with the same labels and in the same order every time."""
     yield _gauge("moestro_build_info", "Always 1; the version is the label.", "version", [((observed.version,), 1)])
     yield _gauge("moestro_open_requests", "Requests open at this gateway.", "", [((), observed.open_requests)])
+    yield from _edge_series(observed.edge)
     yield from _status_series(observed.status.groups)
     yield from _expert_series(observed.experts)
     yield from _rebalancer_series(observed.experts)
+
+
+def _edge_series(edge: EdgeObserved) -> Iterator[Metric]:
+    yield _gauge("moestro_queued_requests", "Requests that wait to be started.", "", [((), edge.queued_requests)])
+    yield _gauge("moestro_queued_tokens", "Their prompts and expected outputs.", "", [((), edge.queued_tokens)])
+    refused = [((reason,), count) for reason, count in edge.refused.items()]
+    yield _counter("moestro_refused_requests", "Requests refused for overload.", "reason", refused)
+    bounds = [*map(str, edge.queue_bounds_s), "+Inf"]
+    waited = HistogramMetricFamily("moestro_queue_seconds", "How long those that were started had to wait.")
+    waited.add_metric([], list(zip(bounds, edge.queue_counts, strict=True)), edge.queue_total_s)
+    yield waited
+    yield _counter("moestro_cut_off_streams", "Streams cut off since nobody read them.", "", [((), edge.cut_off)])
 
 
 def extremes(load: Sequence[int]) -> Iterator[tuple[str, int]]:
@@ -54,6 +81,12 @@ def extremes(load: Sequence[int]) -> Iterator[tuple[str, int]]:
 def _status_series(groups: Sequence[GroupStatus]) -> Iterator[Metric]:
     serving = [((g.name,), float(all(rank.state == "serving" for rank in g.ranks))) for g in groups]
     yield _gauge("moestro_group_serving", "1 while every rank of the group serves.", "group", serving)
+    yield _gauge(
+        "moestro_group_spare_ranks",
+        "Ranks that the group can lose before the others cannot hold all experts.",
+        "group",
+        [((g.name,), g.spare_ranks) for g in groups],
+    )
     ranks = [((g.name, str(number)), rank) for g in groups for number, rank in enumerate(g.ranks)]
     # A tensor-parallel peer repeats its leader's numbers: sums over ranks must count them once.
     leaders = [(labels, rank) for labels, rank in ranks if rank.tp_rank == 0]
@@ -75,6 +108,12 @@ def _status_series(groups: Sequence[GroupStatus]) -> Iterator[Metric]:
         "Duration of the last step.",
         "group rank",
         [(x, r.step_s) for x, r in leaders],
+    )
+    yield _gauge(
+        "moestro_rank_slowness",
+        "Time for the same work against the other ranks of the group, of a straggler; 1 for a rank that is none.",
+        "group rank",
+        [(x, r.slowness) for x, r in leaders],
     )
     yield _gauge(
         "moestro_rank_resident_memory_bytes",

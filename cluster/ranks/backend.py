@@ -21,11 +21,15 @@ log = logging.getLogger(__name__)
 RETRY_S = 0.5  # a lost rank is tried again so often while the directory still names it
 
 
-def least_loaded(open_sequences: Sequence[int], waiting: Sequence[int], turn: int) -> int:
+def least_loaded(
+    open_sequences: Sequence[int], waiting: Sequence[int], turn: int, slowness: Sequence[float] | None = None
+) -> int:
     """Index of the rank to take the next request: fewest sequences of ours open there plus its whole waiting line,
-    equal ones in turn, so that an idle cluster is used evenly."""
+    equal ones in turn, so that an idle cluster is used evenly. A rank that takes so many times longer for the same work
+    than others, ``slowness``, counts as that much fuller with the request than it is."""
     count = len(open_sequences)
-    return min(range(count), key=lambda i: (open_sequences[i] + waiting[i], (i - turn) % count))
+    times = slowness or [1.0] * count
+    return min(range(count), key=lambda i: ((open_sequences[i] + waiting[i] + 1) * times[i], (i - turn) % count))
 
 
 def places(groups: Iterable[GroupEntry]) -> dict[str, tuple[str, ...]]:
@@ -99,7 +103,12 @@ class ClusterBackend:
         if not links:
             raise Overloaded("memory runs short: nothing new is taken")
         self._turn += 1
-        index = least_loaded([x.num_open for x in links], [x.load.num_waiting for x in links], self._turn % len(links))
+        index = least_loaded(
+            [link.num_open for link in links],
+            [link.load.num_waiting for link in links],
+            self._turn % len(links),
+            [link.load.slowness for link in links],
+        )
         return links[index].start(sequences)
 
     def loads(self) -> dict[str, EngineLoad]:

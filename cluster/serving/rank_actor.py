@@ -65,8 +65,8 @@ class Rank:
 
 
 class RankHandle:
-    """Implements ``WorkerHandle``. Ray tells of the end of an actor anywhere; on this host the kernel tells at once, and
-    ends a process that is stopped."""
+    """Implements ``WorkerHandle``. Ray tells of the end of an actor anywhere; on this host the kernel tells at once,
+    and ends a process that is stopped."""
 
     def __init__(self, actor: Any, node: str, pid: int) -> None:
         self._actor = actor

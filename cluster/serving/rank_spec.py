@@ -16,14 +16,17 @@ from moestro.workers.rebalancing.setup import ExpertsSpec
 def rank_spec(config: Config) -> RankSpec:
     """What every rank of a group is built from."""
     cluster, scheduler, experts = config.cluster, config.scheduler, config.experts
+    num_ranks = cluster.groups * cluster.dp * cluster.tp
     return RankSpec(
         model=str(config.model.path.resolve()),
         dtype=config.model.dtype,
         device=config.rank.device,
         kernels=config.rank.kernels,
         graphs=config.rank.graphs,
-        threads=config.rank.threads or threads_per_rank(cluster.groups * cluster.dp * cluster.tp, os.cpu_count() or 1),
+        threads=config.rank.threads or threads_per_rank(num_ranks, os.cpu_count() or 1),
         kv_bytes=config.rank.kv_memory,
+        memory_bytes=config.rank.memory,
+        ranks_per_host=num_ranks,
         shape=GroupShape(cluster.dp, cluster.tp),
         block_size=scheduler.block_size,
         max_num_sequences=scheduler.max_num_sequences,

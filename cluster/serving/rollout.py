@@ -20,7 +20,7 @@ from moestro.cluster.serving.launch import ASK_S, StartFailed, applications, dep
 from moestro.cluster.serving.plan import Plan
 from moestro.cluster.serving.ports import check_ray
 from moestro.cluster.serving.reasons import reason_in
-from moestro.cluster.serving.specs import group_resources
+from moestro.cluster.serving.specs import group_resources, has_room
 
 Progress = Callable[[tuple[GroupEntry, ...]], None]
 
@@ -66,9 +66,3 @@ def connected(ray_address: str) -> Iterator[RunningCluster]:
         yield RunningCluster(directory.plan.remote().result(timeout_s=ASK_S), directory)
     finally:
         ray.shutdown()
-
-
-def has_room(bundles: list[dict[str, float]], available: dict[str, float]) -> bool:
-    """Whether resources suffice, taken together: how they lie on the nodes is Ray's to find out."""
-    names = {name for bundle in bundles for name in bundle}
-    return all(sum(bundle.get(name, 0.0) for bundle in bundles) <= available.get(name, 0.0) for name in names)

@@ -40,6 +40,12 @@ def group_resources(config: Config, num_gpus: float) -> list[dict[str, float]]:
     return [{"CPU": SHARED_CPUS}, *[bundle(config, num_gpus)] * (config.cluster.dp * config.cluster.tp)]
 
 
+def has_room(bundles: list[dict[str, float]], available: dict[str, float]) -> bool:
+    """Whether resources suffice, taken together: how they lie on the nodes is Ray's to find out."""
+    names = {name for bundle in bundles for name in bundle}
+    return all(sum(bundle.get(name, 0.0) for bundle in bundles) <= available.get(name, 0.0) for name in names)
+
+
 def group_of_actor(name: str) -> str | None:
     """The group that a rank's actor belongs to, by the actor's name; None for other actors."""
     match = re.match(r"(group-\d+) rank ", name)

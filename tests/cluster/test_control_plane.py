@@ -4,6 +4,7 @@ two groups behind two gateways. The tests share it and run in this order.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -103,25 +104,25 @@ def test_a_killed_gateway_takes_only_its_own_connections(server: Server) -> None
     assert [ask(server) for _ in range(4)] == [expected[:8]] * 4
 
 
-def test_it_grows_and_is_replaced_and_shrinks_under_load_without_a_failed_request(server: Server) -> None:
+def test_it_shrinks_and_is_replaced_and_grows_under_load_without_a_failed_request(server: Server) -> None:
     asked = [Asked.of(seed, vocab_size=250, max_tokens=100) for seed in range(8)]
     config = server.home / "update.toml"
     config.write_text("[scheduler]\nmax_num_tokens = 512\n")
     with SteadyLoad(server.address, asked, clients=4, seed=0) as load:
-        grown = run(server.home, "scale", "--groups", 2)
-        updated = run(server.home, "update", "--config", config)
         shrunk = run(server.home, "scale", "--groups", 1, "--gateways", 1)
+        updated = run(server.home, "update", "--config", config)
+        grown = run(server.home, "scale", "--groups", 2)
     assert load.tally.is_clean, load.tally
-    commands = (grown, updated, shrunk)
+    commands = (shrunk, updated, grown)
     assert [each.returncode for each in commands] == [0, 0, 0], [each.stderr for each in commands]
-    assert grown.stderr == "2 groups of dp 1 x tp 1, 2 gateways\n"
-    assert updated.stderr.endswith("updated: 2 groups of dp 1 x tp 1, 2 gateways\n")
     assert shrunk.stderr.endswith("has left\n1 group of dp 1 x tp 1, 1 gateway\n")
-    until(lambda: len(server.find("ray::Rank")) == 1)
+    assert updated.stderr.endswith("has left\nupdated: 1 group of dp 1 x tp 1, 1 gateway\n")
+    assert re.fullmatch(r"group-\d serves, epoch \d\n2 groups of dp 1 x tp 1, 1 gateway\n", grown.stderr)
+    assert len(server.find("ray::Rank")) == 2
     assert len(server.find("moestro:Gateway")) == 1
     # The one in the foreground tells the same.
-    assert sum("serves, epoch" in line for line in server.lines[5:]) == 2
-    assert sum("has left" in line for line in server.lines[5:]) == 3
+    told = " ".join(server.lines[5:])
+    assert (told.count("serves, epoch"), told.count("has left"), told.count("lost")) == (2, 2, 0)
 
 
 def test_what_cannot_change_while_it_serves_is_refused(server: Server, tmp_path: Path) -> None:

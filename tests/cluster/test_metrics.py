@@ -18,12 +18,23 @@ from tests.cluster.servers import free_port
 from moestro.cluster.client_results import ClusterStatus, GroupExperts, GroupStatus, RankStatus
 from moestro.cluster.config import ClusterConfig, Config, ModelConfig, ServerConfig
 from moestro.cluster.gateway import Gateway, metrics_ports
-from moestro.cluster.metrics.series import EXTREMES, OUTCOMES, Observed, extremes, series
+from moestro.cluster.metrics.series import EXTREMES, OUTCOMES, EdgeObserved, Observed, extremes, series
 from moestro.cluster.metrics.server import MetricsServer
 from moestro.protos.errors import ConfigError
 from moestro.protos.experts import ExpertsReport
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+EDGE = EdgeObserved(
+    queued_requests=5,
+    queued_tokens=600,
+    refused={"full": 2, "wait": 3},
+    queue_bounds_s=(0.1, 1.0),
+    queue_counts=(10, 14, 15),
+    queue_total_s=4.5,
+    cut_off=1,
+)
 
 
 def rank_status(dp_rank: int, tp_rank: int, state: str = "serving") -> RankStatus:
@@ -33,7 +44,7 @@ def rank_status(dp_rank: int, tp_rank: int, state: str = "serving") -> RankStatu
 def observed(*reports: ExpertsReport) -> Observed:
     groups = tuple(GroupStatus(f"g{i}", 1, 2, 1, (rank_status(0, 0), rank_status(0, 1))) for i in range(len(reports)))
     experts = tuple(GroupExperts(f"g{i}", 1, report) for i, report in enumerate(reports))
-    return Observed("1.2.3", 7, ClusterStatus(groups, 7), experts)
+    return Observed("1.2.3", 7, EDGE, ClusterStatus(groups, 7), experts)
 
 
 class Given(Collector):
@@ -66,8 +77,9 @@ def test_the_number_of_series_does_not_grow_with_experts() -> None:
     counts = {num: len(samples_of(exposed(observed(report_of(num, 4, 5))))) for num in (8, 64, 512)}
     assert len(set(counts.values())) == 1, counts
     num_layers, num_ranks = 5, 4
+    edge = 4 + len(EDGE.refused) + len(EDGE.queue_counts) + 2
     status, group, per_rank, per_layer = 2, 2 * 7 + 2 + 5 + len(OUTCOMES), 4, 2 * EXTREMES + 2
-    assert counts[8] <= status + group + per_rank * num_ranks + per_layer * num_layers
+    assert counts[8] <= status + edge + group + per_rank * num_ranks + per_layer * num_layers
 
 
 def test_values_are_those_of_the_report() -> None:
@@ -76,6 +88,13 @@ def test_values_are_those_of_the_report() -> None:
     layer = report.layers[1]
     assert value(samples, "moestro_open_requests") == 7
     assert value(samples, "moestro_build_info", version="1.2.3") == 1
+    assert value(samples, "moestro_queued_requests") == 5
+    assert value(samples, "moestro_queued_tokens") == 600
+    assert value(samples, "moestro_refused_requests_total", reason="wait") == 3
+    assert value(samples, "moestro_queue_seconds_bucket", le=1.0) == 14
+    assert value(samples, "moestro_queue_seconds_count") == 15
+    assert value(samples, "moestro_queue_seconds_sum") == 4.5
+    assert value(samples, "moestro_cut_off_streams_total") == 1
     assert value(samples, "moestro_expert_load", group="g0", layer=2, expert=1, kind="top") == max(layer.load)
     assert value(samples, "moestro_expert_load", group="g0", layer=2, expert=0, kind="bottom") == min(layer.load)
     assert value(samples, "moestro_layer_balancedness", group="g0", layer=2) == layer.balancedness

@@ -9,8 +9,7 @@ import pytest
 
 from moestro.cluster.config import ClusterConfig, Config, SchedulerSection, ServerConfig, load_config
 from moestro.cluster.serving.plan import FIXED, Plan
-from moestro.cluster.serving.rollout import has_room
-from moestro.cluster.serving.specs import group_of_actor, group_resources
+from moestro.cluster.serving.specs import group_of_actor, group_resources, has_room
 from moestro.protos.errors import ConfigError
 
 PLAN = Plan(Config(cluster=ClusterConfig(groups=2, dp=4), server=ServerConfig(port=6000)), "secret", 0.0)

@@ -103,6 +103,14 @@ def test_the_least_loaded_rank_takes_the_next() -> None:
     assert placed == [25] * 4
 
 
+def test_a_slow_rank_takes_as_many_times_less() -> None:
+    placed = [0, 0, 0]
+    for turn in range(110):
+        placed[least_loaded(placed, [0] * 3, turn % 3, [1.0, 5.0, 1.0])] += 1
+    assert placed == [50, 10, 50]
+    assert least_loaded([0], [9], 0, [8.0]) == 0
+
+
 def test_a_backend_without_ranks_is_unavailable() -> None:
     async def scenario() -> None:
         backend = ClusterBackend("gw", "secret")

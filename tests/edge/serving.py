@@ -125,12 +125,12 @@ async def raw_http2(port: int, headers: dict[str, str], body: bytes, patience_s:
     (RFC 9113); header fields are sent as literals (RFC 7541, 6.2.2). Returns all bytes the server sent until it ended
     the stream or was silent."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    block = b"".join(b"\x00" + _hpack_string(name) + _hpack_string(value) for name, value in headers.items())
+    block = b"".join(b"\x00" + hpack_string(name) + hpack_string(value) for name, value in headers.items())
     message = b"\x00" + struct.pack(">I", len(body)) + body
     writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
-    writer.write(_frame(4, 0, 0, b""))  # SETTINGS
-    writer.write(_frame(1, 4, 1, block))  # HEADERS, END_HEADERS
-    writer.write(_frame(0, 1, 1, message))  # DATA, END_STREAM
+    writer.write(frame(4, 0, 0, b""))  # SETTINGS
+    writer.write(frame(1, 4, 1, block))  # HEADERS, END_HEADERS
+    writer.write(frame(0, 1, 1, message))  # DATA, END_STREAM
     await writer.drain()
     received = b""
     with contextlib.suppress(TimeoutError, ConnectionError, asyncio.IncompleteReadError):
@@ -145,11 +145,11 @@ async def raw_http2(port: int, headers: dict[str, str], body: bytes, patience_s:
     return received
 
 
-def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
     return len(payload).to_bytes(3) + bytes([kind, flags]) + stream.to_bytes(4) + payload
 
 
-def _hpack_string(text: str) -> bytes:
+def hpack_string(text: str) -> bytes:
     data = text.encode()
     assert len(data) < 127
     return bytes([len(data)]) + data

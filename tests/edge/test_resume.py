@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import grpc
@@ -289,5 +290,31 @@ def test_without_a_seed_the_request_id_gives_it() -> None:
         unnamed.request_id = ""
         seeds |= {(await core.complete(unnamed)).seed for _ in range(20)}
         assert len(seeds) == 40
+
+    run(test())
+
+
+def test_a_request_whose_client_was_cut_off_while_it_was_admitted_is_taken_over_too() -> None:
+    class SlowText(FakeText):
+        def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+            time.sleep(0.2)
+            return super().encode(text[:10], add_special_tokens)
+
+    async def test() -> None:
+        core = RequestCore([served(text=SlowText())])
+        request = ask(text="x" * 10_000)
+        first = asyncio.ensure_future(core.open(request))
+        await asyncio.sleep(0.05)
+        other = resumed(request, pb.Resume())
+        other.stop.max_tokens = 7
+        with pytest.raises(InvalidRequest, match="not as it was"):
+            await core.open(other)
+        with pytest.raises(InvalidRequest, match="is that of an open request"):
+            await core.open(request)
+        events = [event async for event in core.stream(resumed(request, pb.Resume()))]
+        assert gather(events).usage.output_tokens == 8
+        with pytest.raises(Superseded):
+            await first
+        assert core.num_open == 0
 
     run(test())

@@ -17,7 +17,8 @@ NAN, INF = float("nan"), float("inf")
         ({}, []),
         ({(3, 0): NAN}, [3]),
         ({(0, 5): NAN, (6, 7): NAN, (2, 1): 1e30}, [0, 6]),
-        ({(1, 0): INF, (2, 0): -INF}, []),  # not numbers together, but each row is one
+        ({(1, 0): INF, (2, 0): -INF}, [1, 2]),
+        ({(1, 0): 3e38, (1, 1): 3e38, (2, 0): -3e38, (2, 1): -3e38}, []),  # whose sums are not finite, but they are
         ({(1, 0): INF, (1, 3): -INF, (4, 2): NAN}, [1, 4]),
     ],
 )

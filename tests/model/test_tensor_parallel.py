@@ -16,6 +16,7 @@ from torch import Tensor
 from moestro.protos.errors import ConfigError
 from moestro.workers.loading import load_model
 from moestro.workers.model.sharding import shard_heads, token_shard
+from moestro.workers.model.vocabulary import Embedding
 from moestro.workers.model_config import AttentionSpec
 
 
@@ -117,3 +118,21 @@ def test_token_shares_tile_the_tokens(num_tokens):
         shares = [token_shard(num_tokens, rank, size) for rank in range(size)]
         assert [t for start, stop in shares for t in range(start, stop)] == list(range(num_tokens))
         assert all(stop - start <= -(-num_tokens // size) for start, stop in shares)
+
+
+def test_a_row_that_is_not_finite_stays_with_its_token() -> None:
+    """Every rank reads some row of its own for tokens that belong to another."""
+    table_VM = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    table_VM[[0, 3]] = torch.tensor([[float("nan")], [float("inf")]])
+    ids_T = torch.tensor([1, 2, 4, 5, 0, 3])
+
+    @dataclass(frozen=True)
+    class Part:
+        rank: int
+        size: int = 2
+
+        def sum(self, x: Tensor) -> Tensor:
+            return x
+
+    halves = [Embedding(table_VM[3 * r : 3 * r + 3], 3 * r, Part(r)).forward(ids_T) for r in range(2)]  # type: ignore[arg-type]
+    assert torch.equal((halves[0] + halves[1])[:4], table_VM[ids_T[:4]])

@@ -35,8 +35,6 @@ PURE = (
     "workers/scheduler_sequence.py",
     "workers/kv_blocks.py",
     "cluster/directory.py",
-    "cluster/membership.py",
-    "cluster/membership_records.py",
     "cluster/edge/admitted.py",
     "cluster/edge/history.py",
     "cluster/edge/incidents.py",
@@ -49,6 +47,7 @@ PURE = (
     "cluster/edge/resuming.py",
     "router/placement.py",
     "router/rehome.py",
+    "router/stragglers.py",
     "router/view.py",
     "workers/memory_plan.py",
 )

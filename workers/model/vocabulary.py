@@ -32,7 +32,7 @@ class Embedding:
         local_T = token_ids_T - self.first
         here_T = (local_T >= 0) & (local_T < self.weight_vM.shape[0])
         x_TM = embedding(local_T.where(here_T, 0), self.weight_vM)
-        return self.tp.sum(x_TM * here_T.unsqueeze(1))
+        return self.tp.sum(x_TM.where(here_T.unsqueeze(1), 0))  # zero also where a row of ours is not finite
 
 
 @dataclass(frozen=True, slots=True)

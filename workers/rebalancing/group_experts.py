@@ -8,6 +8,7 @@ every layer as it was before or after its switch.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -18,8 +19,9 @@ from typing import Any
 from moestro.protos.experts import ExpertsReport, PlacementRequest
 from moestro.router.assign import lay_out
 from moestro.router.placement import Placement, moves
-from moestro.router.rebalance.messages import Drop, Intent, Solve, StartLoad, StartSolve, Switch
+from moestro.router.rebalance.messages import Drop, Intent, Observation, Solve, StartLoad, StartSolve, Switch
 from moestro.router.rebalance.rebalancer import Rebalancer
+from moestro.router.stragglers import Stragglers
 from moestro.workers.lockstep import NOTHING, Lockstep, Note, StepAgreement
 from moestro.workers.model.moe import ExpertBank
 from moestro.workers.rebalancing.background import Background
@@ -27,6 +29,8 @@ from moestro.workers.rebalancing.commands import decode, encode, wanted_placemen
 from moestro.workers.rebalancing.loader import Loaded, OpenSource, load_experts
 from moestro.workers.rebalancing.observer import Observer
 from moestro.workers.rebalancing.reports import Reporter
+
+log = logging.getLogger(__name__)
 
 OBSERVE_S = 2.0  # between observations, but at least OBSERVATIONS in a window
 OBSERVATIONS = 8
@@ -55,6 +59,7 @@ class GroupExperts:
         open_source: OpenSource,
         reporter: Reporter,
         window_s: float,
+        tp: int = 1,
     ) -> None:
         """``banks`` by decoder layer; at least one. ``solve`` is the same pure function on every rank."""
         self._banks = tuple(banks.values())
@@ -67,6 +72,8 @@ class GroupExperts:
         self._reporter = reporter
         self._observe_every_s = min(OBSERVE_S, window_s / OBSERVATIONS)
         self._observer = Observer(self._banks, lockstep)
+        self._stragglers = Stragglers(len(self._banks[0].layout.placement.slots))
+        self._peers = slice(rank - rank % tp, rank - rank % tp + tp)
         self._background = Background(lockstep.wake)
         self._task: _Task | None = None
         self._observe_at_s = 0.0
@@ -122,6 +129,11 @@ class GroupExperts:
             self._commands.append(encode(request))
         self._lockstep.wake()
 
+    @property
+    def slowness(self) -> float:
+        """Of this rank's tensor-parallel set, whose ranks all take as long as the slowest of them."""
+        return max(self._stragglers.slowness_R[self._peers])
+
     def close(self) -> None:
         """Gives up what runs in the background."""
         self._background.cancel()
@@ -131,9 +143,19 @@ class GroupExperts:
         seen = self._observer.observe(now_s)
         self._reporter.saw(seen, self._placements, self._slowest_steps)
         self._slowest_steps = [0] * len(self._slowest_steps)
+        self._name_stragglers(seen)
         intents = self._rebalancer.observe(seen)
         self._reporter.publish(self._rebalancer, now_s)
         return intents
+
+    def _name_stragglers(self, seen: Observation) -> None:
+        before = self._stragglers.slowness_R
+        self._stragglers.observe(seen)
+        for rank, (was, now) in enumerate(zip(before, self._stragglers.slowness_R, strict=True)):
+            if was == 1 < now:
+                log.warning("rank %d takes %.1f times as long as the others for the same work", rank, now)
+            elif now == 1 < was:
+                log.info("rank %d is as fast as the others again", rank)
 
     def _take_command(self, root: int, num_bytes: int, now_s: float) -> Iterable[Intent]:
         with self._lock:
@@ -201,6 +223,8 @@ def _solve(solve: Solve, intent: StartSolve, cancelled: threading.Event) -> tupl
 
 class NoExperts:
     """A dense model's: nothing to observe and nothing to move."""
+
+    slowness = 1.0
 
     def __init__(self, architecture: str) -> None:
         self._architecture = architecture
