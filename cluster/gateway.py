@@ -90,7 +90,9 @@ class Gateway:
         except (MoestroError, TimeoutError):
             experts = ()
         status = cluster_status(await self._operations.status())
-        return Observed(__version__, self._core.num_open, self._observe_edge(), status, experts)
+        return Observed(
+            __version__, self._core.num_open, self._observe_edge(), status, experts, self._operations.groups
+        )
 
     def _observe_edge(self) -> EdgeObserved:
         permits = self._permits

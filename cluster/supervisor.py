@@ -103,13 +103,12 @@ class Supervisor:
         return self._entry
 
     async def start(self) -> None:
-        """Returns when the group serves. Raises GroupFailed, the reason in its last line, when it does not come up."""
+        """Returns when the group serves. Raises GroupFailed with the reason when it does not come up."""
         self._run(self._tick())
         self._run(self._tell_directory())
         self._carry_out(self._membership.begin(self._now_s()))
         while not self._membership.is_settled:
-            if self._end.done():
-                raise GroupFailed(f"{self._entry.name} did not come up\n{self._end.result()}")
+            self.check()
             await asyncio.wait([self._end], timeout=TICK_S)
         await self._put()
 
@@ -175,8 +174,7 @@ class Supervisor:
     async def _start_worker(self, seat: int, worker: int) -> None:
         gently = self._membership.view is not None
         try:
-            held = await self._share_of(seat) if gently else None
-            handle = await self._launch(seat, worker, held, gently)
+            handle = await self._launch(seat, worker, await self._share_of(seat) if gently else None, gently)
         except Exception as error:
             log.warning("%s: seat %d: %s", self._entry.name, seat, error)
             self._carry_out(self._membership.died(worker, str(error), self._now_s()))
@@ -187,11 +185,16 @@ class Supervisor:
         self._carry_out(self._membership.died(worker, reason, self._now_s()))
         del self._reports[worker]
 
-    async def _share_of(self, seat: int) -> Held:
+    async def _share_of(self, seat: int) -> Held | None:
         """The experts that a placement at full strength will want of a seat, by mixture layer, when the others keep
-        what they hold as far as they can."""
+        what they hold as far as they can; None when they do not say."""
         members = self._membership.members()
-        answers = await asyncio.wait_for(asyncio.gather(*(self._handles[m.number].holdings() for m in members)), ASK_S)
+        asked = asyncio.gather(*(self._handles[member.number].holdings() for member in members))
+        try:
+            answers = await asyncio.wait_for(asked, ASK_S)
+        except Exception as error:
+            log.warning("%s: what the ranks hold is not known: %s", self._entry.name, error)
+            return None
         held = {member.seat: holdings for member, holdings in zip(members, answers, strict=True)}
         return share_of(seat, self._membership.config.shape.world_size, held, self._redundant)
 
@@ -273,7 +276,7 @@ def share_of(seat: int, num_seats: int, held: Mapping[int, Held], redundant: int
     layers = []
     for experts_by_rank in zip(*held.values(), strict=True):
         by_seat = dict(zip(held, experts_by_rank, strict=True))
-        num_experts = len(set().union(*experts_by_rank))
+        num_experts = 1 + max(set().union(*experts_by_rank))
         capacity = min(-(-(num_experts + redundant) // num_seats), num_experts)
         placement = rehome([by_seat.get(each, ()) for each in range(num_seats)], num_experts, capacity)
         layers.append(tuple(expert for expert in placement.slots[seat] if expert >= 0))

@@ -15,6 +15,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 
 from moestro.cluster.client_results import ClusterStatus, GroupExperts, GroupStatus
+from moestro.cluster.directory import GroupEntry
+from moestro.cluster.metrics.recovery import recovery_series
 from moestro.protos.experts import LayerExperts
 
 EXTREMES = 3  # experts of a layer at either end
@@ -45,6 +47,7 @@ class Observed:
     edge: EdgeObserved
     status: ClusterStatus
     experts: tuple[GroupExperts, ...]  # of the groups that answered
+    groups: tuple[GroupEntry, ...] = ()  # as the directory has them
 
 
 def series(observed: Observed) -> Iterator[Metric]:
@@ -53,6 +56,7 @@ def series(observed: Observed) -> Iterator[Metric]:
     yield _gauge("moestro_open_requests", "Requests open at this gateway.", "", [((), observed.open_requests)])
     yield from _edge_series(observed.edge)
     yield from _status_series(observed.status.groups)
+    yield from recovery_series(observed.groups)
     yield from _expert_series(observed.experts)
     yield from _rebalancer_series(observed.experts)
 

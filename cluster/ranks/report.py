@@ -19,7 +19,7 @@ class RankPlace:
     """Where a rank's process stands: its group, its seat and number there, and how the group's members meet.
 
     ``held``: by mixture layer the logical experts to load, None for those of the seat at full strength. ``gently``: it
-    loads beside a group that serves, with what processor time the others leave."""
+    loads beside a group that serves, a little behind it."""
 
     group: str
     seat: int

@@ -17,7 +17,9 @@ from tests.cluster.servers import free_port
 
 from moestro.cluster.client_results import ClusterStatus, GroupExperts, GroupStatus, RankStatus
 from moestro.cluster.config import ClusterConfig, Config, ModelConfig, ServerConfig
+from moestro.cluster.directory import GroupEntry, RankEntry, RankState
 from moestro.cluster.gateway import Gateway, metrics_ports
+from moestro.cluster.membership_records import RecoveryTotals
 from moestro.cluster.metrics.series import EXTREMES, OUTCOMES, EdgeObserved, Observed, extremes, series
 from moestro.cluster.metrics.server import MetricsServer
 from moestro.protos.errors import ConfigError
@@ -126,6 +128,21 @@ def test_a_group_that_does_not_serve_says_so_and_a_dense_one_has_no_layers() -> 
     names = {name for name, _ in samples}
     assert "moestro_layer_balancedness" not in names
     assert value(samples, "moestro_rank_slowest_ratio", group="g1", rank=0) == 0
+
+
+def test_losses_and_recoveries_are_counted() -> None:
+    totals = RecoveryTotals(losses=2, silent_s=0.25, recoveries=1, recovery_s=0.5, restorations=1, restoration_s=8.0)
+    ranks = (RankEntry(0, 0, RankState.SERVING), RankEntry(1, 0, RankState.LOST))
+    seen = replace(observed(), groups=(GroupEntry("g0", 2, 1, 7, ranks, recovery=totals),))
+    samples = samples_of(exposed(seen))
+    assert value(samples, "moestro_group_epoch", group="g0") == 7
+    assert value(samples, "moestro_group_serving_ranks", group="g0") == 1
+    assert value(samples, "moestro_group_lost_ranks_total", group="g0") == 2
+    assert value(samples, "moestro_group_lost_ranks_silence_seconds_total", group="g0") == 0.25
+    assert value(samples, "moestro_group_recoveries_total", group="g0") == 1
+    assert value(samples, "moestro_group_recovery_seconds_total", group="g0") == 0.5
+    assert value(samples, "moestro_group_restorations_total", group="g0") == 1
+    assert value(samples, "moestro_group_restoration_seconds_total", group="g0") == 8.0
 
 
 def test_extremes_are_the_extremes() -> None:
