@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import signal
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,8 +17,9 @@ from moestro.workers.rank_setup import RankSpec
 from moestro.workers.rebalancing.setup import ExpertsSpec
 from moestro.workers.worker_state import WorkerPhase
 
-NUM_TOKENS = 300
+NUM_TOKENS = 150
 WATCHDOG_S = 1.0
+SEED = 4
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +167,93 @@ def test_a_group_shrinks_and_grows_in_place(group: WorkerGroup) -> None:
     load.end(names)
     load.end(load.begin())
     group.check()
+
+
+def test_who_hangs_is_left_behind_and_told_so(model: str) -> None:
+    with WorkerGroup(spec(model, 3)) as group:
+        group.start()
+        load = Load(group)
+        names = load.begin()
+        group.await_tokens(names, 20)
+        stopped, others = group.seats[1], group.without(1)
+        stopped_at = group.kill(1, number=signal.SIGSTOP)
+        noticed_at = min(group.await_phase(handle, WorkerPhase.BROKEN) for handle in others)
+        print(f"\nstopped: noticed after {noticed_at - stopped_at:.3f} s, of which {WATCHDOG_S} s are the watchdog's")
+        assert noticed_at - stopped_at > 0.9 * WATCHDOG_S
+        progress = [max(state.progress for state, _ in handle.states) for handle in group.seats.values()]
+        assert progress[1] == min(progress), "who hangs has come to the fewest collectives"
+        group.form(others)
+        group.await_serving()
+        load.end(names)
+        stopped.signal(signal.SIGCONT)
+        group.await_phase(stopped, WorkerPhase.BROKEN, epoch=group.epoch - 1)
+        stopped.tell("form", group.epoch, [(handle.seat, handle.worker) for handle in others], 1)
+        group.await_phase(stopped, WorkerPhase.BROKEN, epoch=group.epoch)
+        assert "goes on without this worker" in stopped.state.reason
+        load.end(load.begin([0, 2]))
+        group.check()
+
+
+@pytest.mark.parametrize("boards", [True, False])
+def test_members_that_are_killed_while_a_group_forms_hold_it_up_no_longer_than_the_next_word(
+    model: str, boards: bool
+) -> None:
+    chance = random.Random(SEED)
+    with WorkerGroup(spec(model, 3), boards) as group:
+        group.start()
+        load = Load(group)
+        names = load.begin([0])
+        group.await_tokens(names, 5)
+        took = []
+        for turn in range(4):
+            pair = [group.seats[0], *(group.spawn(seat) for seat in (1, 2))]
+            for handle in pair[1:]:
+                group.await_ready(handle)
+            if turn == 3:  # two at once, while they serve
+                group.form(pair)
+                group.await_serving()
+            else:
+                group.form(pair)
+                time.sleep(chance.choice((0, 0, 0.002, 0.01, 0.03)))
+            group.kill(1, 2)
+            formed_at = group.form(group.without(1, 2))
+            took.append(group.await_serving() - formed_at)
+        print(f"\nseed {SEED}: serving alone {', '.join(f'{each:.3f}' for each in took)} s after the word")
+        load.end(names)
+        group.check()
+
+
+def test_a_lost_tensor_parallel_peer_costs_its_set_only(model: str) -> None:
+    with WorkerGroup(spec(model, 2, 2)) as group:
+        group.start()
+        load = Load(group)
+        names = load.begin()
+        group.await_tokens(names, 20)
+        group.kill(3)
+        for handle in group.without(3):
+            group.await_phase(handle, WorkerPhase.BROKEN)
+        left = group.seats[2]
+        group.form(group.without(2, 3))
+        left.signal(signal.SIGKILL)
+        group.await_serving()
+        load.end(names)
+        group.check()
+        names = load.begin([0])
+        group.await_tokens(names, 20)
+        newcomers = [group.spawn(2), group.spawn(3)]
+        group.form([*group.seats.values(), *newcomers])
+        group.await_serving()
+        load.end([*names, *load.begin([2])])
+        assert not any(stream.is_lost for stream in group.streams.values())
+        group.check()
+
+        # Ranks of a set that were parted in different turns give up what they had, and say so; others do not.
+        names = load.begin()
+        group.await_tokens(names, 20)
+        group.seats[3].tell("part")
+        group.form(list(group.seats.values()))
+        group.await_serving()
+        assert [name for name in names if group.streams[name].is_lost] == [n for n in names if load.seat(n) == 2]
+        load.end(names)
+        load.end(load.begin())
+        group.check()

@@ -125,11 +125,14 @@ class WorkerGroup(AbstractContextManager["WorkerGroup"]):
         """When the last member came to serve in this epoch."""
         return max(self.await_phase(handle, WorkerPhase.SERVING) for handle in self.seats.values())
 
-    def await_phase(self, handle: Handle, phase: WorkerPhase) -> float:
-        def reached() -> list[float]:
-            return [at for state, at in handle.states if state.phase is phase and state.epoch == self.epoch]
+    def await_phase(self, handle: Handle, phase: WorkerPhase, epoch: int | None = None) -> float:
+        """When the worker came to this phase of this epoch, by default the group's."""
+        wanted = self.epoch if epoch is None else epoch
 
-        self.wait_for(lambda: bool(reached()), f"worker {handle.worker} is not {phase.value}")
+        def reached() -> list[float]:
+            return [at for state, at in handle.states if state.phase is phase and state.epoch == wanted]
+
+        self.wait_for(lambda: bool(reached()), f"worker {handle.worker} is not {phase.value} in epoch {wanted}")
         return reached()[0]
 
     def await_ready(self, handle: Handle) -> None:
@@ -139,8 +142,10 @@ class WorkerGroup(AbstractContextManager["WorkerGroup"]):
 
     def wait_for(self, holds: Callable[[], bool], what: str) -> None:
         with self.changed:
-            told = [(handle.seat, handle.worker, handle.state) for handle in self._all]
-            assert self.changed.wait_for(holds, WAIT_S), f"{what}; {told}"
+            if not self.changed.wait_for(holds, WAIT_S):
+                states = [(handle.seat, handle.worker, handle.state) for handle in self._all]
+                come = {name: len(stream.tokens) for name, stream in self.streams.items() if not stream.is_done}
+                raise AssertionError(f"{what}; tokens {come}; {states}")
 
     def submit(
         self, name: str, seat: int, prompt: Sequence[int], sampling: dict[str, Any], output: Sequence[int] = ()
