@@ -37,7 +37,7 @@ class DeltaStream(Protocol):
         allowed after its end."""
 
     def close(self) -> None:
-        """Cancels what is left. Idempotent."""
+        """Cancels what is left. A ``next`` that waits raises Unavailable. Idempotent."""
 
     def num_unread(self) -> int:
         """Tokens that have come and were not asked for."""

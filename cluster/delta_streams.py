@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from moestro.protos.errors import EngineLost, Overloaded
+from moestro.protos.errors import EngineLost, Overloaded, Unavailable
 from moestro.protos.sequences import FinishReason, SequenceDelta, SequenceRequest
 
 
@@ -37,6 +37,7 @@ class QueuedDeltas:
     def close(self) -> None:
         for sequence_id in tuple(self._open):
             self.cancel(sequence_id)
+        self.fail(Unavailable("the stream was closed"))
 
     def num_unread(self) -> int:
         return sum(len(delta.token_ids) for delta in self._deltas)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._distributed_c10d import ErrorType
 
 from moestro.router.transport import Arrival
 
@@ -96,12 +97,26 @@ class Collectives:
             total = total + part.float()
         return total.to(x.dtype)
 
+    def check(self) -> None:
+        """Raises GroupBroken when this group was closed."""
+        _ = self.backend
+
     def close(self) -> None:
         """Peers that wait for this rank, or will, see a lost connection. A call that waits ends: over NCCL at
         once, over gloo when its peers leave or its time is up. A second call does nothing."""
         backend, self._backend = self._backend, None
         if backend is not None:
             backend.abort()  # does nothing in gloo, whose connections close when its last reference is gone
+
+
+class NcclCollectives(Collectives):
+    """Over NCCL, which tells of a failure when it is asked."""
+
+    def check(self) -> None:
+        super().check()
+        error = self.backend.get_error()
+        if error != ErrorType.SUCCESS:
+            raise GroupBroken(f"NCCL: {error}")
 
 
 class NoPeers(Collectives):
@@ -115,6 +130,9 @@ class NoPeers(Collectives):
 
     def broadcast_(self, x: Tensor, root: int) -> Tensor:
         return x
+
+    def check(self) -> None:
+        pass
 
 
 def _await(work: Any) -> None:

@@ -172,7 +172,7 @@ class RankLoop:
         launched = self._engine.launch(plan, agreement.tokens_per_rank)
         self._outbox.flush()  # while the device computes
         deltas = self._engine.collect(plan, launched, self._clock)
-        self._experts.stepped(time.perf_counter() - started_s, plan.num_tokens)
+        self._experts.stepped(time.perf_counter() - started_s, plan.num_tokens, self._engine.load().kv_blocks_used)
         return deltas
 
     def _take_in(self, messages: list[bytes], now: float) -> None:

@@ -17,7 +17,8 @@ from moestro.cluster.edge.fair_queue import FairQueue, Waiting
 from moestro.cluster.edge.tickets import AdmissionCounts, AdmissionLimits, Ask, Outcome, Refusal, Ticket
 from moestro.protos.errors import Overloaded
 
-CAUTION = 1.25  # estimates of waiting are taken for so much longer: who is let in should not be given up later
+CAUTION = 1.5  # estimates of waiting are taken for so much longer: who is let in should not be given up later
+PATIENCE = 2  # times max_queue_s: who was let in and has waited so long, since ranks were lost meanwhile, is given up
 MIN_RETRY_S = 0.1
 UNKNOWN_RETRY_S = 1.0  # while nothing has been measured
 
@@ -148,7 +149,7 @@ class Admission:
     def _ticket(self, ask: Ask, now_s: float) -> Ticket:
         output_tokens = self._outputs.expected(ask.max_tokens)
         cost = max(1, ask.choices * (ask.prompt_tokens + output_tokens))
-        start_by_s = min(now_s + self.limits.max_queue_s, ask.deadline_s)
+        start_by_s = min(now_s + PATIENCE * self.limits.max_queue_s, ask.deadline_s)
         return Ticket(ask, Waiting(ask.client, cost, ask.priority), output_tokens, now_s, start_by_s)
 
     # Room.
@@ -192,8 +193,8 @@ class Admission:
         return CAUTION * self._pace.seconds_to_free(self._queue.in_front(client, cost), self._open_tokens)
 
     def _give_up_late(self, ticket: Ticket, now_s: float) -> None:
-        waited_all = ticket.start_by_s == ticket.arrived_s + self.limits.max_queue_s
-        self._give_up(ticket, Refusal.WAIT if waited_all else Refusal.DEADLINE, now_s)
+        waited_long = now_s - ticket.arrived_s > PATIENCE * self.limits.max_queue_s
+        self._give_up(ticket, Refusal.WAIT if waited_long else Refusal.DEADLINE, now_s)
 
     # From one state to the next.
 

@@ -30,9 +30,10 @@ class Admitted:
     def digest(self) -> str:
         """The same for requests of the same answer; 32 hexadecimal digits."""
         first = self.sampling[0]
-        parts = replace(first, logit_bias=dict(sorted(first.logit_bias.items()))), self.seed, len(self.sampling)
+        if first.logit_bias:
+            first = replace(first, logit_bias=dict(sorted(first.logit_bias.items())))
         hashed = blake2b(array("Q", self.prompt_ids).tobytes(), digest_size=16)
-        hashed.update(repr((self.model, parts, self.stop_strings)).encode())
+        hashed.update(repr((self.model, first, self.seed, len(self.sampling), self.stop_strings)).encode())
         return hashed.hexdigest()
 
 

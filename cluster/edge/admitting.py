@@ -14,13 +14,13 @@ class Admitting:
     """A context manager around the admission, entered by the task that does it."""
 
     def __init__(self, valid: ValidRequest) -> None:
-        self._valid = replace(valid, resume=None)
+        self._valid = valid
         self._task = asyncio.current_task()
         self._superseded = False
 
     def supersede(self, valid: ValidRequest) -> None:
         """Ends it with Superseded. Raises InvalidRequest when ``valid`` asks for something else."""
-        if replace(valid, resume=None) != self._valid:
+        if replace(valid, resume=None) != replace(self._valid, resume=None):
             raise not_as_it_was()
         self._superseded = True
         if self._task is not None:

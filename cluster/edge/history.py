@@ -7,12 +7,22 @@ arrive comes once more, perhaps cut into other events.
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from moestro.protos.errors import FieldViolation, InvalidRequest
 from moestro.protos.sequences import FinishReason
+
+COUNT_BITS, INDEX_BITS = 28, 8
+MAX_COUNT, MAX_INDEX = (1 << COUNT_BITS) - 1, (1 << INDEX_BITS) - 1
+
+
+def mark(event: int, index: int, count: int) -> int:
+    """After so many events (0: what had arrived when the stream was resumed) a choice has so many tokens. One number of
+    64 bits, since there is one for every token of every stream; they grow with the event."""
+    return event << (COUNT_BITS + INDEX_BITS) | index << COUNT_BITS | count
 
 
 class ArrivedChoice(NamedTuple):
@@ -38,8 +48,8 @@ class Arrived:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """The tokens of every choice of one stream, and which event brought them. ``marks`` holds, event by event, three
-    numbers for every choice in it: number of the event, index of the choice, tokens of the choice by then."""
+    """The tokens of every choice of one stream, and which event brought them: ``marks`` has one for every choice in
+    every event, in order, made by ``mark``."""
 
     digest: str  # of the request
     token_ids: Sequence[Sequence[int]]  # by choice
@@ -55,11 +65,9 @@ class History:
             described = f"must be in [{self.first_number - 1}, {self.next_number - 1}], is {last_number}"
             raise InvalidRequest([FieldViolation("resume.last_sequence_number", described)])
         counts: dict[int, int] = {}
-        for at in range(0, len(self.marks), 3):
-            number, index, count = self.marks[at : at + 3]
-            if number >= arrived.next_number:
-                break
-            counts[index] = count
+        end = mark(arrived.next_number - self.first_number + 1, 0, 0)
+        for each in self.marks[: bisect_left(self.marks, end)]:
+            counts[each >> COUNT_BITS & MAX_INDEX] = each & MAX_COUNT
         choices = {}
         for index, count in counts.items():
             ending = self.endings[index]

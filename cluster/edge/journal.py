@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from moestro.cluster.edge.admitted import Admitted
 from moestro.cluster.edge.events import ChoiceDelta, PositionLogprobs, StreamEvent, TokenLogprob, Usage
-from moestro.cluster.edge.history import Arrived, History
+from moestro.cluster.edge.history import Arrived, History, mark
 from moestro.cluster.edge.resuming import check_arrived
 from moestro.cluster.edge.served import OpenText, TextModel, TextStream
 from moestro.protos.errors import FieldViolation, InvalidRequest, SequenceFailed, Unavailable
@@ -25,6 +25,8 @@ from moestro.protos.sequences import (
     TokenLogprobs,
 )
 
+# Tokens after which a choice got further than the engine that died with it: that one may have drawn some untold.
+PROGRESS = 4
 _ENDED_BY_TOKEN = (FinishReason.EOS, FinishReason.STOP_TOKEN)
 
 
@@ -37,7 +39,8 @@ class ChoiceRecord:
     output_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     finish_number: int = 0  # of the event that said so
-    num_deaths: int = 0  # of engines while it ran, since its last token
+    num_deaths: int = 0  # of engines while it ran, since it last got anywhere
+    died_at: int = 0  # how many tokens it had at the last of them
     first_token_s: float | None = None
     last_token_s: float = 0.0
     ledger: SequenceLedger | None = None
@@ -91,7 +94,7 @@ class Journal:
 
     @property
     def num_deaths(self) -> int:
-        """Engines that died while a choice ran, and it has had no token since."""
+        """Engines that died while a choice ran, and it has had less than PROGRESS tokens since."""
         return max((choice.num_deaths for choice in self.choices if choice.finish_reason is None), default=0)
 
     def resume(self, arrived: Arrived) -> None:
@@ -101,7 +104,7 @@ class Journal:
         for index, (token_ids, reason) in sorted(arrived.choices.items()):
             choice = self.choices[index]
             choice.output_ids += token_ids
-            self._marks.extend((arrived.next_number - 1, index, len(token_ids)))
+            self._marks.append(mark(0, index, len(token_ids)))
             if reason is not None:
                 choice.finish_reason, choice.finish_number = reason, arrived.next_number - 1
                 choice.ledger = SequenceLedger()
@@ -133,7 +136,8 @@ class Journal:
         self.interrupt(now_s)
         self.num_migrations += 1
         for choice in self._open_choices():
-            choice.num_deaths += died
+            if died:
+                choice.num_deaths, choice.died_at = choice.num_deaths + 1, len(choice.output_ids)
 
     def restart(self, now_s: float) -> list[SequenceRequest]:
         """The replay: ``sequences()`` for another engine, from now on."""
@@ -166,6 +170,7 @@ class Journal:
         """Takes what the engine added. Deltas of a choice that has ended (they crossed its cancel) are dropped.
         Raises SequenceFailed when a sequence failed, Unavailable when the engine ended one unasked."""
         parts: dict[int, ChoiceDelta] = {}
+        event = self._next_number - self._first_number + 1
         cancel: list[str] = []
         prompt_logprobs: tuple[PositionLogprobs, ...] | None = None
         for delta in deltas:
@@ -179,7 +184,7 @@ class Journal:
             if part.finish_reason is FinishReason.STOP_STRING and delta.finish_reason is None:
                 cancel.append(choice.sequence_id)
             parts[index] = part if index not in parts else _merge(parts[index], part)
-            self._marks.extend((self._next_number, index, len(choice.output_ids)))
+            self._marks.append(mark(event, index, len(choice.output_ids)))
         if not parts:
             return Acceptance(None, ())
         return Acceptance(self._event(tuple(parts.values()), prompt_logprobs), tuple(cancel))
@@ -202,7 +207,8 @@ class Journal:
                 choice.first_token_s = now_s
             choice.last_token_s = now_s
             choice.output_ids += token_ids
-            choice.num_deaths = 0
+            if choice.num_deaths and len(choice.output_ids) >= choice.died_at + PROGRESS:
+                choice.num_deaths = 0
         if reason is not None:
             if stop_string is None:
                 text += choice.text.finish()

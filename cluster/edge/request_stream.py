@@ -10,7 +10,7 @@ from moestro.cluster.edge.events import StreamEvent
 from moestro.cluster.edge.journal import Journal
 from moestro.cluster.edge.permits import Permit
 from moestro.cluster.edge.run import Run
-from moestro.protos.errors import SequenceFailed, Superseded
+from moestro.protos.errors import EngineLost, Overloaded, SequenceFailed, Superseded, Unavailable
 
 
 class RequestStream:
@@ -32,7 +32,6 @@ class RequestStream:
         self._on_close = on_close
         self._closed = False
         self._superseded = False
-        self._reader: asyncio.Task[object] | None = None
 
     @property
     def request_id(self) -> str:
@@ -41,29 +40,30 @@ class RequestStream:
     async def next(self) -> StreamEvent | None:
         """The next event, None after the last. Raises SequenceFailed, Unavailable, Superseded, TimeoutError; closed
         then. An engine that is lost is waited out: the request goes on elsewhere."""
-        self._reader = asyncio.current_task()
         try:
             while not self.journal.finished and not self._closed:
-                if self._deadline_s is None:
-                    accepted = await self._run.next()
-                else:
+                try:
+                    if self._deadline_s is None:
+                        deltas = await self._run.deltas.next()
+                    else:
+                        async with asyncio.timeout_at(self._deadline_s):
+                            deltas = await self._run.deltas.next()
+                except (EngineLost, Overloaded) as failure:
                     async with asyncio.timeout_at(self._deadline_s):
-                        accepted = await self._run.next()
-                if accepted.event is not None:
-                    if accepted.event.usage is not None:
+                        await self._run.recover(failure)
+                    continue
+                if self._closed:
+                    break
+                event = self._run.accept(deltas)
+                if event is not None:
+                    if event.usage is not None:
                         self.close()
-                    return accepted.event
-        except asyncio.CancelledError:
-            self.close()
-            if not self._superseded:
-                raise
-            asyncio.current_task().uncancel()  # type: ignore[union-attr]
+                    return event
         except BaseException as error:
             self.is_resumable = self.is_resumable and not isinstance(error, SequenceFailed)
             self.close()
-            raise
-        finally:
-            self._reader = None
+            if not (self._superseded and isinstance(error, Unavailable)):
+                raise
         if self._superseded:
             raise Superseded("a later call has resumed this stream")
         return None
@@ -86,8 +86,6 @@ class RequestStream:
         """Closes it for its reader, who is told Superseded."""
         self._superseded = True
         self.close()
-        if self._reader is not None:
-            self._reader.cancel()
 
     def __aiter__(self) -> RequestStream:
         return self

@@ -6,8 +6,9 @@ import asyncio
 import logging
 
 from moestro.cluster.backend import Backend, DeltaStream
+from moestro.cluster.edge.events import StreamEvent
 from moestro.cluster.edge.incidents import Death, Incidents
-from moestro.cluster.edge.journal import Acceptance, Journal
+from moestro.cluster.edge.journal import Journal
 from moestro.cluster.edge.served import RecoveryLimits
 from moestro.cluster.edge.suspects import Suspects, Trial
 from moestro.protos.errors import EngineLost, Overloaded, Quarantined, Unavailable
@@ -19,7 +20,8 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 0.5  # between two tries to start a repla
 
 
 class Run:
-    """Feeds a journal. One reader at a time."""
+    """What feeds a journal: ``deltas`` of the present engine, ``accept`` for what they say, and ``recover`` when they
+    end before the request does."""
 
     def __init__(
         self, journal: Journal, backend: Backend, limits: RecoveryLimits, suspects: Suspects, incidents: Incidents
@@ -36,51 +38,70 @@ class Run:
         self._trial: Trial | None = None
         self._deaths: list[Death] = []
         self._closed = False
+        self._recovering: asyncio.Task[object] | None = None
+        self._now = asyncio.get_running_loop().time
+
+    @property
+    def deltas(self) -> DeltaStream:
+        """Of a run that was started and has not ended."""
+        assert self._deltas is not None
+        return self._deltas
 
     def start(self) -> None:
         """Raises what ``Backend.start`` raises, with nothing started."""
         if sequences := self._journal.sequences():
             self._deltas = self._backend.start(sequences)
 
-    async def next(self) -> Acceptance:
-        """What follows from the next deltas. Raises SequenceFailed, Quarantined, Overloaded when the first engine would
-        not take it on, and Unavailable when nobody takes it over or it was lost too often."""
-        while True:
-            deltas = self._deltas or await self._go_on()
-            try:
-                return self._accept(await deltas.next())
-            except EngineLost as loss:
-                self._drop()
-                self._lose(loss)
-            except Overloaded as refusal:
-                self._drop()
-                if self._loss is None:
-                    raise
-                self._journal.interrupt(_now())
-                await self._pause(refusal)  # an admitted request is not lost to a full queue
+    def accept(self, deltas: list[SequenceDelta]) -> StreamEvent | None:
+        """What they make the caller be told. Raises as ``Journal.accept``."""
+        event, cancel = self._journal.accept(deltas, self._now())
+        for sequence_id in cancel:
+            self.deltas.cancel(sequence_id)
+        if self._loss is not None:
+            self._loss, self._pause_s = None, FIRST_PAUSE_S
+        if self._trial is not None and not self._journal.num_deaths:
+            self._end_trial()
+        return event
+
+    async def recover(self, failure: EngineLost | Overloaded) -> None:
+        """Goes on elsewhere. Raises the failure when the first engine would not take it on, Quarantined, and
+        Unavailable when nobody takes it over, it was lost too often, or it is closed."""
+        self._drop()
+        if self._closed:
+            raise failure
+        if isinstance(failure, EngineLost):
+            self._lose(failure)
+        elif self._loss is None:
+            raise failure
+        else:
+            self._journal.interrupt(self._now())
+        self._recovering = asyncio.current_task()
+        try:
+            if isinstance(failure, Overloaded):
+                await self._pause(failure)  # an admitted request is not lost to a full queue
+            await self._go_on()
+        except asyncio.CancelledError:
+            if self._closed and self._recovering is not None:
+                self._recovering.uncancel()
+                raise Unavailable("the stream was closed") from failure
+            raise
+        finally:
+            self._recovering = None
 
     def num_unread(self) -> int:
         return 0 if self._deltas is None else self._deltas.num_unread()
 
     def close(self) -> None:
-        """Cancels what still runs. Idempotent."""
+        """Cancels what still runs; who waits for it is told. Idempotent."""
         self._closed = True
         self._drop()
         self._end_trial()
-
-    def _accept(self, deltas: list[SequenceDelta]) -> Acceptance:
-        accepted = self._journal.accept(deltas, _now())
-        if self._deltas is not None:
-            for sequence_id in accepted.cancel:
-                self._deltas.cancel(sequence_id)
-        self._loss, self._pause_s = None, FIRST_PAUSE_S
-        if not self._journal.num_deaths:
-            self._end_trial()
-        return accepted
+        if self._recovering is not None:
+            self._recovering.cancel()
 
     def _lose(self, loss: EngineLost) -> None:
         """Raises Quarantined or Unavailable when it must not be tried again."""
-        now_s, journal = _now(), self._journal
+        now_s, journal = self._now(), self._journal
         journal.lose(loss.died, now_s)
         if loss.died:
             self._deaths.append(Death(loss.engine, str(loss), now_s))
@@ -94,22 +115,20 @@ class Run:
             bound = f"{self._limits.migrations} times is the most that a request goes on elsewhere"
             raise Unavailable(f"its rank was lost {journal.num_migrations} times; {bound}") from loss
 
-    async def _go_on(self) -> DeltaStream:
+    async def _go_on(self) -> None:
         """Starts the replay as soon as somebody takes it."""
         try:
             async with asyncio.timeout_at(self._patience_ends_s):
                 if self._trial is None and self._journal.num_deaths:
                     self._trial = await self._suspects.begin(self._journal.num_deaths)
-                while not self._closed:
+                while self._deltas is None:
                     await self._backend.available()
                     try:
-                        self._deltas = self._backend.start(self._journal.restart(_now()))
-                        return self._deltas
+                        self._deltas = self._backend.start(self._journal.restart(self._now()))
                     except (Overloaded, Unavailable) as refusal:
                         await self._pause(refusal)
         except TimeoutError:
             raise Unavailable(f"no rank took the request over within {self._limits.patience_s:g} s") from self._loss
-        raise Unavailable("the stream was closed") from self._loss
 
     async def _pause(self, refusal: Overloaded | Unavailable) -> None:
         pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, LONGEST_PAUSE_S)
@@ -130,7 +149,3 @@ class Run:
         if self._trial is not None:
             self._suspects.end(self._trial)
             self._trial = None
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -62,7 +61,7 @@ class SlowConsumers:
     def __init__(self, stall_s: float, max_unread_tokens: int) -> None:
         self._stall_s = stall_s
         self._max_unread_tokens = max_unread_tokens
-        self._readers: set[Reader] = set()
+        self._readers: dict[Reader, None] = {}
         self._looking: asyncio.Task[None] | None = None
         self.num_cut = 0
 
@@ -73,7 +72,7 @@ class SlowConsumers:
         task = asyncio.current_task()
         assert task is not None
         reader = Reader(stream, task)
-        self._readers.add(reader)
+        self._readers[reader] = None
         if self._looking is None:
             self._looking = asyncio.create_task(self._look_around())
         try:
@@ -83,13 +82,13 @@ class SlowConsumers:
                 raise
             raise SlowConsumer(reader.cut_for) from None
         finally:
-            self._readers.discard(reader)
+            self._readers.pop(reader, None)
 
     async def _look_around(self) -> None:
         """As long as there is somebody to look at."""
         while self._readers:
             await asyncio.sleep(LOOK_S)
-            now_s = time.monotonic()
+            now_s = asyncio.get_running_loop().time()
             for reader in tuple(self._readers):
                 if reader.stalled_s(now_s) > self._stall_s:
                     self._cut(reader, f"nothing was read for {self._stall_s:g} s")

@@ -49,7 +49,7 @@ class StubBackend:
         fail_at: int | None = None,
         *,
         faults: Iterable[Fault] = (),
-        poison: Callable[[SequenceRequest, int], bool] = lambda sequence, position: False,
+        poison: Callable[[SequenceRequest, int], bool] | None = None,
     ) -> None:
         self._limits = limits
         self._step_s = step_s
@@ -125,15 +125,21 @@ class StubStream:
         if self._backend.lost:
             self.close()
             raise Unavailable("the stub is lost")
-        at = list(self.positions.items())
-        if any(self._backend.poison(self._sequences[sequence_id], position) for sequence_id, position in at):
+        if self._fault is not None or self._backend.poison is not None:
+            self._suffer()
+        if self._loss is not None:
+            raise self._loss
+        if not self.positions:
+            raise Unavailable("the stream was closed")
+        return [self._step(sequence_id, position) for sequence_id, position in list(self.positions.items())]
+
+    def _suffer(self) -> None:
+        poison = self._backend.poison
+        if poison is not None and any(poison(self._sequences[name], at) for name, at in self.positions.items()):
             self._backend.kill()
         if self._fault is not None and self._steps == self._fault.after_steps:
             self.kill(EngineLost("the stub was told so", died=self._fault.died, engine="stub"))
-        if self._loss is not None:
-            raise self._loss
         self._steps += 1
-        return [self._step(sequence_id, position) for sequence_id, position in at]
 
     def kill(self, loss: EngineLost) -> None:
         """What runs here is gone; no cancel of it is seen."""

@@ -1,9 +1,9 @@
 """Who may have killed an engine. One asyncio loop.
 
-A request that was running when an engine died, and has had no token since, is a suspect: answers are deterministic, so
-one that kills would kill at the same position again, and one that got further is innocent. Its next run is a trial. A
-death in a trial that no other suspect shared proves it; one that others shared makes each of them run alone next, so
-that a poisonous request takes nobody with it.
+A request that was running when an engine died, and has got no further since (``journal.PROGRESS``), is a suspect:
+answers are deterministic, so one that kills would kill at the same position again, and one that got further is
+innocent. Its next run is a trial. A death in a trial that no other suspect shared proves it; one that others shared
+makes each of them run alone next, so that a poisonous request takes nobody with it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 @dataclass(eq=False, slots=True)
 class Trial:
-    """A suspect's run, until its first token. ``was_alone``: no other trial at any time of it."""
+    """A suspect's run, until it gets further. ``was_alone``: no other trial at any time of it."""
 
     exclusive: bool
     was_alone: bool
@@ -40,6 +40,6 @@ class Suspects:
         return trial
 
     def end(self, trial: Trial) -> None:
-        """It got a token, or ended. Idempotent."""
+        """It got further, or ended. Idempotent."""
         self._trials.pop(trial, None)
         self._ended.set()

@@ -11,7 +11,7 @@ from moestro.workers.worker_state import WorkerPhase, WorkerState
 if TYPE_CHECKING:
     from moestro.router.mesh import StoreAddress
 
-WATCH_S = 0.25  # a watch answers at least so often, and so is a sign of life
+WATCH_S = 0.5  # a watch answers at least so often, and so is a sign of life
 
 
 @dataclass(frozen=True, slots=True)

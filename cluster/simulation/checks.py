@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from moestro.cluster.edge.events import PositionLogprobs, StreamEvent
+from moestro.cluster.edge.wire import FINISH_TO_PROTO
 from moestro.cluster.simulation.oracle import ROOT, Answer, logprobs, read
 from moestro.cluster.simulation.scenario import Ask
+from moestro.protos.gen import inference_pb2 as pb
 from moestro.protos.sequences import FinishReason, TokenLogprobs
 
 
@@ -15,10 +17,12 @@ class Reader:
         self.ask = ask
         self.num_events = 0
         self.is_finished = False
+        self.has_left = False
+        self.was_cut = False
         self.error: BaseException | None = None
         self.token_ids: list[list[int]] = [[] for _ in ask.answers]
         self._texts = ["" for _ in ask.answers]
-        self._reasons: list[FinishReason | None] = [None for _ in ask.answers]
+        self.reasons: list[FinishReason | None] = [None for _ in ask.answers]
         self._had_prompt = False
 
     def take(self, event: StreamEvent) -> None:
@@ -36,7 +40,7 @@ class Reader:
             self._check_prompt(event.prompt_logprobs)
         for delta in event.deltas:
             index, right = delta.index, ask.answers[delta.index]
-            assert self._reasons[index] is None, f"{ask.name}/{index}: more after its end"
+            assert self.reasons[index] is None, f"{ask.name}/{index}: more after its end"
             start = len(self.token_ids[index])
             self.token_ids[index] += delta.token_ids
             self._texts[index] += delta.text
@@ -49,13 +53,21 @@ class Reader:
                 told = right.logprobs[start : len(said)]
                 assert [_plain(p) for p in delta.logprobs] == list(told), f"{ask.name}/{index}: wrong logprobs"
             if delta.finish_reason is not None:
-                self._reasons[index] = delta.finish_reason
+                self.reasons[index] = delta.finish_reason
                 self._check_end(index, right, delta.finish_reason, delta.stop_string)
         if event.usage is not None:
-            assert all(self._reasons), f"{ask.name}: usage before every choice had ended"
+            assert all(self.reasons), f"{ask.name}: usage before every choice had ended"
             assert event.usage.output_tokens == sum(len(a.token_ids) for a in ask.answers), f"{ask.name}: wrong usage"
             assert self._had_prompt == (ask.sampling.prompt_logprobs is not None), f"{ask.name}: no prompt logprobs"
             self.is_finished = True
+
+    def arrived(self) -> list[pb.ResumedChoice]:
+        """What a client says of it when it resumes."""
+        return [
+            pb.ResumedChoice(index=index, token_ids=token_ids, finish_reason=FINISH_TO_PROTO[self.reasons[index]])
+            for index, token_ids in enumerate(self.token_ids)
+            if token_ids or self.reasons[index]
+        ]
 
     def _check_end(self, index: int, right: Answer, reason: FinishReason, stop_string: str | None) -> None:
         name = f"{self.ask.name}/{index}"

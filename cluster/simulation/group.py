@@ -1,138 +1,125 @@
-"""A simulated group: a supervisor and the processes of its ranks."""
+"""A simulated group, in place of ``serving.group_service.GroupService``: the real supervisor over simulated ranks."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from moestro.cluster.directory import GroupEntry, RankState
 from moestro.cluster.directory_calls import DirectoryCalls
-from moestro.cluster.ranks.server import RankServer
-from moestro.cluster.simulation.gateway import SECRET
+from moestro.cluster.membership_records import MembershipConfig
+from moestro.cluster.simulation.experts import Experts
 from moestro.cluster.simulation.mesh import Fabric
-from moestro.cluster.simulation.rpc import SimulatedServer, Sockets
-from moestro.cluster.simulation.trace import Trace
+from moestro.cluster.simulation.rank import SimulatedHandle, SimulatedRank
+from moestro.cluster.simulation.rpc import Sockets
 from moestro.cluster.simulation.virtual_time import Process
-from moestro.cluster.simulation.worker import Observe, Output, SimulatedWorker, WorkerCosts
-from moestro.protos.experts import ExpertsReport, PlacementRequest
-from moestro.protos.gen import rank_pb2_grpc
-from moestro.router.view import Member, View
+from moestro.cluster.simulation.worker import Observe
+from moestro.cluster.supervisor import GroupFailed, Held, Supervisor
+from moestro.router.parallel import GroupShape
 from moestro.workers.scheduler_config import SchedulerConfig
 
-REPORT_S = 0.5
+CHECK_S = 0.5  # between two health checks of Serve
+RESTART_S = 1.0  # until Serve has started another one
+DRAIN_S = 5.0
 
 
-class SimulatedRank:
-    """A rank's process: the worker, and the real server that gateways attach to."""
+@dataclass(frozen=True, slots=True)
+class GroupPlan:
+    """What every group of a scenario is like."""
 
-    def __init__(
-        self, process: Process, address: str, worker: int, epoch: int, sockets: Sockets, fabric: Fabric,
-        config: SchedulerConfig, rng: random.Random, observe: Observe,
-    ) -> None:  # fmt: skip
-        self.process, self.address = process, address
-        self.worker = SimulatedWorker(process, worker, fabric, config, WorkerCosts(), rng, self._publish, observe)
-        self.server = RankServer(
-            self.worker.submit,
-            self.worker.limits,
-            self.worker.load,
-            SECRET,
-            epoch,
-            experts=_no_report,
-            request_placement=_no_placement,
-        )
-        self._sockets_server = SimulatedServer(sockets, process, address)
-        rank_pb2_grpc.add_RankServiceServicer_to_server(self.server, self._sockets_server)
-        process.at_death(lambda: fabric.lose(worker))
-
-    async def run(self) -> None:
-        self._sockets_server.start()
-        await self.worker.run()
-
-    def _publish(self, output: Output) -> None:
-        self.server.publish(output.deltas, output.refusals, output.load)
-
-
-def _no_report() -> ExpertsReport:
-    raise NotImplementedError
-
-
-def _no_placement(request: PlacementRequest) -> None:
-    raise NotImplementedError
+    shape: GroupShape
+    scheduler: SchedulerConfig
+    experts: Experts
 
 
 class SimulatedGroup:
-    """Starts its ranks, forms their view, reports them; when one dies it gives all up and begins anew."""
+    """A place for a group. When its process dies or gives up, a new one begins with new ranks."""
 
     def __init__(
-        self, number: int, dp: int, make_process: Callable[[str], Process], sockets: Sockets, directory: DirectoryCalls,
-        config: SchedulerConfig, rng: random.Random, trace: Trace, observe: Observe,
+        self, number: int, plan: GroupPlan, make_process: Callable[[str], Process], sockets: Sockets,
+        directory: DirectoryCalls, rng: random.Random, observe: Observe,
     ) -> None:  # fmt: skip
-        self.ranks: list[SimulatedRank] = []
         self.process: Process
-        self._number, self._dp, self._make_process, self._sockets = number, dp, make_process, sockets
-        self._directory, self._config, self._rng = directory, config, rng
-        self._trace, self._observe = trace, observe
+        self.name = ""
+        self._all: list[SimulatedRank] = []
+        self.failing_loads = 0  # workers to come that cannot read their experts
+        self.number, self._plan = number, plan
+        self._make_process, self._sockets, self._directory = make_process, sockets, directory
+        self._rng, self._observe = rng, observe
         self._incarnation = 0
+        self._supervisor: Supervisor | None = None
+
+    @property
+    def ranks(self) -> list[SimulatedRank]:
+        """Those that live."""
+        return [rank for rank in self._all if rank.process.is_alive]
+
+    @property
+    def entry(self) -> GroupEntry | None:
+        return None if self._supervisor is None else self._supervisor.entry
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every seat serves."""
+        entry = self.entry
+        return entry is not None and not entry.forming and all(r.state is RankState.SERVING for r in entry.ranks)
 
     def start(self) -> None:
-        """A new supervisor."""
+        """A new process for the supervisor."""
         self._incarnation += 1
-        self.process = self._make_process(f"group{self._number}.{self._incarnation}")
-        self.process.at_death(self._lose_all)
-        self.process.spawn(self._run())
+        self.process = self._make_process(f"group-{self.number}.{self._incarnation}")
+        self.process.at_death(self._end)
+        self.process.spawn(self._run(self.process))
 
-    async def _run(self) -> None:
-        entry: GroupEntry = await self._retry(lambda: self._directory.begin(self._dp, 1))
-        fabric = Fabric(self._sockets.network)
-        died = asyncio.Event()
-        self.ranks = []
-        for number in range(self._dp):
-            process = self._make_process(f"{entry.name}.{entry.epoch}/r{number}")
-            process.at_death(died.set)
-            rank = SimulatedRank(
-                process, process.name, number, entry.epoch, self._sockets, fabric, self._config, self._rng,
-                self._observe,
-            )  # fmt: skip
-            self.ranks.append(rank)
-            process.spawn(rank.run())
-        view = View(entry.epoch, tuple(Member(n, n) for n in range(self._dp)))
-        processes = {n: rank.process for n, rank in enumerate(self.ranks)}
-        for rank in self.ranks:
-            rank.worker.form(view, processes)
-        while not died.is_set():
-            entry = replace(
-                entry,
-                ranks=tuple(
-                    replace(
-                        r, state=RankState(_STATES.get(rank.worker.state.phase.value, "starting")), address=rank.address
-                    )
-                    for r, rank in zip(entry.ranks, self.ranks, strict=True)
-                ),
-            )
-            await self._retry(lambda: self._directory.put(entry))
-            try:
-                async with asyncio.timeout(REPORT_S):
-                    await died.wait()
-            except TimeoutError:
-                continue
-        lost = replace(entry, ranks=tuple(replace(r, state=RankState.LOST) for r in entry.ranks))
-        await self._retry(lambda: self._directory.put(lost))
-        self.process.kill()
-        self.start()
-
-    async def _retry(self, call: Callable[[], Awaitable[Any]]) -> Any:
-        while True:
-            try:
-                return await call()
-            except ConnectionError:
-                await asyncio.sleep(REPORT_S)
-
-    def _lose_all(self) -> None:
+    def _end(self) -> None:
+        """With the supervisor go the store and all that it has started."""
         for rank in self.ranks:
             rank.process.kill()
+        self._supervisor = None
+        asyncio.get_running_loop().call_later(RESTART_S, self.start)
 
+    async def _run(self, process: Process) -> None:
+        shape, experts = self._plan.shape, self._plan.experts
+        while True:
+            try:
+                entry = await self._directory.begin(shape.dp, shape.tp)
+                break
+            except ConnectionError:
+                await asyncio.sleep(CHECK_S)
+        self.name, self._all = entry.name, []
+        fabric = Fabric(self._sockets.network)
 
-_STATES = {"serving": "serving"}
+        async def launch(seat: int, worker: int, held: Held | None, gently: bool) -> SimulatedHandle:
+            return self._launch(process, fabric, seat, worker, held)
+
+        self._supervisor = supervisor = Supervisor(
+            MembershipConfig(shape), entry, self._directory, launch, drain_s=DRAIN_S, redundant=experts.redundant
+        )
+        try:
+            await supervisor.start()
+            while True:
+                await asyncio.sleep(CHECK_S)
+                supervisor.check()
+        except GroupFailed:
+            await supervisor.stop()
+        process.kill()
+
+    def _launch(self, process: Process, fabric: Fabric, seat: int, worker: int, held: Held | None) -> SimulatedHandle:
+        """A process for a seat, which begins to load."""
+        shape, experts = self._plan.shape, self._plan.experts
+        rank = SimulatedRank(
+            self._make_process(f"{process.name}/w{worker}"), worker, seat % shape.tp == 0, self._sockets, fabric,
+            self._plan.scheduler, self._rng, self._observe,
+        )  # fmt: skip
+        self._all.append(rank)
+        fabric.processes[worker] = rank.process
+        if self.failing_loads:
+            self.failing_loads -= 1
+            rank.worker.fails_to_load = 1
+        to_hold = (
+            experts.at_start(shape.world_size, seat) if held is None else replace(experts, to_hold=list(map(set, held)))
+        )
+        rank.process.spawn(rank.run(to_hold), "rank")
+        return SimulatedHandle(rank, self._sockets, self._rng)

@@ -27,17 +27,18 @@ class Fabric:
 
     def __init__(self, network: Network) -> None:
         self.network = network
+        self.processes: dict[int, Process] = {}  # by worker
         self._ports: dict[tuple[int, int], Mesh] = {}  # (epoch, worker)
-        self._pipes: dict[tuple[int, str, str], Pipe] = {}
+        self._pipes: dict[tuple[int, int, int], Pipe] = {}
 
     def port(self, epoch: int, worker: int) -> Mesh:
         """A member's end; messages may come to it before its owner does."""
         return self._ports.setdefault((epoch, worker), Mesh(self, epoch, worker))
 
-    def pipe(self, epoch: int, sender: Process, receiver: Process) -> Pipe:
-        key = (epoch, sender.name, receiver.name)
+    def pipe(self, epoch: int, sender: int, receiver: int) -> Pipe:
+        key = (epoch, sender, receiver)
         if key not in self._pipes:
-            self._pipes[key] = self.network.pipe(sender, receiver)
+            self._pipes[key] = self.network.pipe(self.processes[sender], self.processes[receiver])
         return self._pipes[key]
 
     def lose(self, worker: int) -> None:
@@ -59,7 +60,6 @@ class Mesh:
         self._fabric = fabric
         self._worker = worker
         self._view: View | None = None
-        self._processes: dict[int, Process] = {}
         self._said: defaultdict[tuple[object, int], dict[int, Any]] = defaultdict(dict)  # (who gathers, n) -> by worker
         self._counts: defaultdict[object, int] = defaultdict(int)
         self._woken: set[int] = set()
@@ -67,9 +67,9 @@ class Mesh:
         self._sleeps = 0
         self._changed = asyncio.Event()
 
-    def join(self, view: View, processes: dict[int, Process]) -> None:
+    def join(self, view: View) -> None:
         """The owner has come."""
-        self._view, self._processes = view, processes
+        self._view = view
         for worker, reason in self._lost.items():
             self.lose(worker, reason)
 
@@ -138,7 +138,7 @@ class Mesh:
         self._changed.set()
 
     def _send(self, worker: int, say: Callable[[Mesh], None]) -> None:
-        pipe = self._fabric.pipe(self.epoch, self._processes[self._worker], self._processes[worker])
+        pipe = self._fabric.pipe(self.epoch, self._worker, worker)
         pipe.send(lambda: say(self._fabric.port(self.epoch, worker)))
 
     async def _until(self, done: Callable[[], bool], timeout_s: float | None) -> None:

@@ -24,7 +24,7 @@ Code = grpc.StatusCode
 Metadata = Sequence[tuple[str, Any]]
 
 WINDOW_BYTES = 1 << 16  # unread bytes of a call that make its writer wait; HTTP/2's default
-CONNECT_S = 5.0  # a connection that is not there by then is given up
+KEEPALIVE_S = 8.0  # a connection that is silent for so long is given up
 LOSS_S = 0.03  # until the kernel tells a process that the other end has died; measured with loopback and gloo
 
 _EOF = grpc.aio.EOF  # type: ignore[attr-defined]
@@ -50,6 +50,26 @@ class Sockets:
         process = CURRENT.get()
         assert process is not None, "a channel outside any process"
         return SimulatedChannel(self, process, address)
+
+    def cut(self, client: Process) -> None:
+        """All connections of a client break."""
+        for server in tuple(self.servers.values()):
+            for connection in tuple(server.connections):
+                if connection.client is client:
+                    connection.cut()
+
+    async def keep_alive(self) -> None:
+        """Breaks connections across which nothing has come for a while, as gRPC's pings do. For ever."""
+        silent_since_s: dict[Connection, float] = {}
+        while True:
+            await asyncio.sleep(1.0)
+            now_s = asyncio.get_running_loop().time()
+            connections = [each for server in self.servers.values() for each in server.connections]
+            silent = {each: silent_since_s.get(each, now_s) for each in connections if each.is_silent}
+            for connection, since_s in silent.items():
+                if now_s - since_s >= KEEPALIVE_S:
+                    connection.cut()
+            silent_since_s = silent
 
     def lose(self, process: Process) -> None:
         """A process has died: its connections break, after the time that it takes to be noticed."""
@@ -110,12 +130,18 @@ class Connection:
     """Between a channel and a server."""
 
     def __init__(self, network: Network, client: Process, server: SimulatedServer) -> None:
-        self.client, self.server = client, server
+        self.network, self.client, self.server = network, client, server
         self.up: Pipe = network.pipe(client, server.process)
         self.down: Pipe = network.pipe(server.process, client)
         self.calls: dict[ClientCall, None] = {}
         self.is_open = True
         server.connections[self] = None
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether one end cannot hear the other."""
+        network, server = self.network, self.server.process
+        return not (network.passes(self.client, server) and network.passes(server, self.client))
 
     def cut(self) -> None:
         """Breaks: nothing more arrives, and both ends notice a little later."""
@@ -149,6 +175,11 @@ class SimulatedChannel:
     async def close(self, grace: float | None = None) -> None:
         for call in tuple(self._calls):
             call.cancel()
+
+    def cut(self) -> None:
+        """Its connection breaks."""
+        if self._connection is not None:
+            self._connection.cut()
 
     def connection(self) -> Connection | None:
         """The one there is, or a new one; None when nobody listens."""
@@ -284,6 +315,8 @@ class ClientCall:
                 self._pump.cancel()
             if self._timer is not None:
                 self._timer.cancel()
+            if self._connection is not None:
+                self._connection.calls.pop(self, None)
             self._wake.set()
             self.on_end()
 
@@ -295,8 +328,6 @@ class ClientCall:
     # The server's end.
 
     def stop_handler(self) -> None:
-        if self._connection is not None:
-            self._connection.calls.pop(self, None)
         if self._handler is not None:
             self._handler.cancel()
 
@@ -349,7 +380,6 @@ class ServerContext:
         self._read.set()
 
     def finish(self, code: Code, details: str = "", metadata: Metadata = ()) -> None:
-        self.connection.calls.pop(self.call, None)
         self.connection.down.send(lambda: self.call.end(code, details, tuple(metadata)))
 
 

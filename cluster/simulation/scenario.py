@@ -19,6 +19,7 @@ class Habit(Enum):
     CANCELS = "cancels"  # after some events
     VANISHES = "vanishes"  # its process is killed after some events
     SLOW = "slow"  # takes its time with every event
+    COMES_BACK = "comes back"  # its connection breaks after some events, and it resumes
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class Ask:
     diagnostics: Diagnostics
     habit: Habit
     habit_at: int  # events
+    is_by_hand: bool  # a client in another language, not the Python library
     answers: tuple[Answer, ...]
 
     @property
@@ -54,6 +56,9 @@ class FaultKind(Enum):
     STOP_RANK = "stop rank"
     SLOW_RANK = "slow rank"
     PART_RANK = "part rank"  # from a gateway
+    PART_RANKS = "part ranks"  # two from each other
+    PART_SUPERVISOR = "part supervisor"  # from one of its ranks
+    FAIL_LOAD = "fail load"  # of the next worker that is started in a group
     CUT_LINK = "cut link"  # between a gateway and a rank
     KILL_DIRECTORY = "kill directory"
     KILL_GATEWAY = "kill gateway"
@@ -79,9 +84,12 @@ class Scenario:
     seed: int
     groups: int
     dp: int
+    tp: int
     gateways: int
     scheduler: SchedulerConfig
     num_experts: int
+    redundant: int
+    most_slots: int  # experts of a layer that fit on a rank
     asks: tuple[Ask, ...]
     faults: tuple[Fault, ...]
 
@@ -90,7 +98,7 @@ def draw_scenario(seed: int) -> Scenario:
     """The scenario of a seed."""
     rng = random.Random(f"scenario {seed}")
     scheduler = _scheduler(rng)
-    groups, dp = rng.choice(((1, 2), (1, 3), (1, 4), (2, 2), (2, 1)))
+    groups, dp, tp = rng.choice(((1, 2, 1), (1, 3, 1), (1, 4, 1), (2, 2, 1), (2, 1, 1), (1, 2, 2), (2, 1, 2)))
     span_s = rng.choice((0.2, 1.0, 3.0))
     special = rng.random()
     asks = [_ask(rng, number, scheduler, span_s) for number in range(rng.randint(3, 12))]
@@ -98,14 +106,18 @@ def draw_scenario(seed: int) -> Scenario:
         asks[0] = _tainted(asks[0], POISON, scheduler)
     elif special < 0.3:
         asks[0] = _tainted(asks[0], NOT_A_NUMBER, scheduler)
+    num_experts = rng.randint(4, 8)
     faults = [_fault(rng, span_s) for _ in range(rng.choice((0, 1, 1, 2, 3, 5)))]
     return Scenario(
         seed=seed,
         groups=groups,
         dp=dp,
+        tp=tp,
         gateways=rng.randint(1, 2),
         scheduler=scheduler,
-        num_experts=rng.randint(4, 8),
+        num_experts=num_experts,
+        redundant=rng.choice((0, 0, 2)),
+        most_slots=rng.randint(-(-num_experts // (dp * tp)), num_experts),
         asks=tuple(asks),
         faults=tuple(sorted(faults, key=lambda fault: fault.at_s)),
     )
@@ -154,8 +166,11 @@ def _ask(rng: random.Random, number: int, scheduler: SchedulerConfig, span_s: fl
         diagnostics=Diagnostics(
             max_chunk=rng.choice((0, 0, 1, 3)), preempt_at=rng.choice((None, None, None, rng.randrange(20)))
         ),
-        habit=rng.choice((Habit.READS,) * 6 + (Habit.CANCELS, Habit.VANISHES, Habit.SLOW)),
+        habit=rng.choice(
+            (Habit.READS,) * 6 + (Habit.CANCELS, Habit.VANISHES, Habit.SLOW, Habit.COMES_BACK, Habit.COMES_BACK)
+        ),
         habit_at=rng.randint(0, 12),
+        is_by_hand=rng.random() < 0.3,
         answers=(),
     )
     return _answered(replace(ask, stop_strings=_stop_strings(rng, ask, scheduler)), scheduler)

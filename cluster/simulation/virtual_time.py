@@ -45,8 +45,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 class Process:
     """What dies together. Every task and timer that is made while one of its tasks runs belongs to it."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, on_failure: Callable[[BaseException], None]) -> None:
+        """``on_failure`` hears what a spawned task raises while the process lives."""
         self.name = name
+        self._on_failure = on_failure
         self.is_alive = True
         self._tasks: dict[asyncio.Task[Any], None] = {}
         self._at_death: dict[Callable[[], None], None] = {}
@@ -60,7 +62,14 @@ class Process:
         """Starts a task of this process."""
         context = contextvars.copy_context()
         context.run(CURRENT.set, self)
-        return asyncio.get_running_loop().create_task(work, name=name or None, context=context)
+        task = asyncio.get_running_loop().create_task(work, name=name or None, context=context)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None and self.is_alive:
+            self._on_failure(error)
 
     def own(self, task: asyncio.Task[Any]) -> None:
         self._tasks[task] = None

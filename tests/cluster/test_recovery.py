@@ -80,12 +80,12 @@ def disturbed(client: Client, expected: list[Completion], fault: object) -> list
 def test_a_killed_rank_costs_no_answer_and_comes_back(
     server: Server, client: Client, expected: list[Completion]
 ) -> None:
+    until(lambda: is_whole(client), 40.0)
     epoch = group_of(client).epoch
-    assert is_whole(client)
     answers = disturbed(client, expected, lambda: server.find("ray::Rank")[1].kill())
     assert sum(each.usage.migrations for each in answers) > 0
     until(lambda: is_whole(client), 40.0)
-    assert group_of(client).epoch == epoch + 2
+    assert group_of(client).epoch >= epoch + 2
     assert group_of(client).spare_ranks == 2
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from tests.distributed.worker_process import Start, serve
 
+from moestro.protos.sequences import EngineLoad
 from moestro.router.mesh import serve_store
 from moestro.workers.rank_setup import RankSpec
 from moestro.workers.worker_state import WorkerPhase, WorkerState
@@ -44,6 +45,7 @@ class Handle:
         self.seat, self.worker = start.seat, start.worker
         self.states: list[tuple[WorkerState, float]] = []
         self.checked: list[Any] = []
+        self.load = EngineLoad()
         self._group = group
         self._pipe, theirs = _CONTEXT.Pipe()
         self.process = _CONTEXT.Process(target=serve, args=(theirs, start), daemon=True)
@@ -73,6 +75,8 @@ class Handle:
                 match what:
                     case ("state", state, at):
                         self.states.append((state, at))
+                    case ("load", load):
+                        self.load = load
                     case ("delta", delta, at):
                         self._group.heard(delta, at)
                     case ("lost", name, _):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import statistics
 from math import inf
 
 import pytest
@@ -238,10 +239,10 @@ def test_those_let_in_start_in_time_and_the_others_are_refused_on_arrival(overlo
         answer = it.offer(ask(f"c{draw.randrange(5)}"))
         if isinstance(answer, Overloaded) and time_s > 10.0:
             refused.append(answer)
-    waits_s = [(ticket.started_s or 0.0) - ticket.arrived_s for ticket in it.started]
-    assert max(waits_s) <= 5.0
-    late = [each for each in it.late if each.ticket.arrived_s > 3.0]  # by then it knows what to expect
-    assert len(late) <= 0.03 * len(it.started)
+    # Those that came before anything had ended could not be told how long they would wait.
+    waits_s = [(t.started_s or 0.0) - t.arrived_s for t in it.started if t.arrived_s > 2.0]
+    assert statistics.quantiles(waits_s, n=100)[-1] <= 5.0
+    assert [each for each in it.late if each.ticket.arrived_s > 2.0] == []
     assert len(it.started) >= 0.97 * 10 * 60.0  # it was never idle
     if overload >= 3:
         assert len(refused) > 0.5 * len([each for each in arrivals if each > 10.0])
