@@ -12,7 +12,6 @@ from benchmarks.chaos.plan import Fault, Kind
 from benchmarks.chaos.system import NotNow, Role, System, Target
 
 DUTY_S, PERIOD_S = 0.02, 0.1  # a slow rank runs so long in each period
-FEWEST_RANKS = 2  # alive for one to be hurt: of nothing, nothing can be kept
 
 _ROLES = {
     Kind.KILL_GATEWAY: Role.GATEWAY,
@@ -49,14 +48,29 @@ async def inject(system: System, fault: Fault, struck: Callable[[str], None]) ->
         struck(name)
 
 
+def num_hit(fault: Fault) -> int:
+    """Ranks."""
+    return 0 if fault.kind in _ROLES or fault.kind is Kind.FULL_DISK else 1 + (fault.kind is Kind.KILL_TWO_RANKS)
+
+
 def choose(fault: Fault, among: Sequence[Target]) -> list[Target]:
-    """Whom a fault hits. Raises NotNow when too few are there."""
-    hits = 2 if fault.kind is Kind.KILL_TWO_RANKS else 1
-    needed = hits + FEWEST_RANKS - 1 if fault.kind not in _ROLES else 1
-    if len(among) < needed:
-        raise NotNow(f"{len(among)} of {needed} are there")
-    first = among.index(fault.choose(among))
-    return [among[(first + offset) % len(among)] for offset in range(hits)]
+    """Whom a fault hits. Raises NotNow when too few are there: one unit of ranks must be left, since of nothing nothing
+    can be kept."""
+    if fault.kind in _ROLES:
+        if not among:
+            raise NotNow("nobody is there")
+        return [fault.choose(among)]
+    hits = num_hit(fault)
+    first = among.index(fault.choose(among)) if among else 0
+    chosen = [among[(first + offset) % len(among)] for offset in range(min(hits, len(among)))]
+    units = {_unit(target) for target in among} - {_unit(target) for target in chosen}
+    if len(set(chosen)) < hits or not units:
+        raise NotNow(f"{len(among)} ranks are there")
+    return chosen
+
+
+def _unit(target: Target) -> str:
+    return target.unit or target.name
 
 
 def send(targets: Sequence[Target], number: signal.Signals) -> None:

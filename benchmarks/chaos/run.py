@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from benchmarks.chaos.inject import inject
+from benchmarks.chaos.inject import inject, num_hit
 from benchmarks.chaos.load import Load, fault_free
 from benchmarks.chaos.plan import Fault, Kind
 from benchmarks.chaos.records import Record
@@ -121,6 +121,8 @@ class Experiment:
                     await asyncio.wait(running)
                 await self._wait_whole()
             await asyncio.sleep(fault.after_s)
+            if self._serving() <= num_hit(fault) * self._system.tp:  # those that load do not count yet
+                continue
             try:
                 await self._start(fault, running)
             except NotNow:
@@ -130,6 +132,10 @@ class Experiment:
                 self._tell(f"skipped from now on: {reason}")
         if running:
             await asyncio.wait(running)
+
+    def _serving(self) -> int:
+        """Ranks, as far as is known."""
+        return next((each.serving for each in reversed(self._history) if each.answered), 0)
 
     async def _start(self, fault: Fault, running: set[asyncio.Task[None]]) -> None:
         """Returns once it has struck. Raises as ``inject`` does."""

@@ -58,6 +58,10 @@ class Served:
     def num_ranks(self) -> int:
         return self.shape.num_ranks
 
+    @property
+    def tp(self) -> int:
+        return self.shape.tp
+
     def processes(self) -> Sequence[psutil.Process]:
         return [self.server, *self.server.children(recursive=True)]
 

@@ -48,6 +48,10 @@ class Sparing:
     def num_ranks(self) -> int:
         return self.system.num_ranks
 
+    @property
+    def tp(self) -> int:
+        return self.system.tp
+
     def targets(self, role: Role) -> Sequence[Target]:
         spared = 1 if role in (Role.RANK, Role.GATEWAY) else 0
         return self.system.targets(role)[spared:]

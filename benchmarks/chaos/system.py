@@ -26,6 +26,7 @@ class Target:
     role: Role
     name: str
     pid: int
+    unit: str = ""  # those of one unit are of no use without each other: a tensor-parallel set; empty: alone
 
 
 class NotPossible(Exception):
@@ -46,6 +47,10 @@ class System(Protocol):
     @property
     def num_ranks(self) -> int:
         """Of all groups together, at full strength."""
+
+    @property
+    def tp(self) -> int:
+        """Ranks of a tensor-parallel set, of which none is of use without the others."""
 
     def targets(self, role: Role) -> Sequence[Target]:
         """The processes of that role that are alive, in an order that does not depend on chance."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -54,7 +55,12 @@ def test_a_fault_hits_whom_its_draw_says_and_leaves_one() -> None:
     kill = Fault(0, Kind.KILL_RANK, 1.0, False, draw=0.99)
     assert choose(kill, ranks) == [ranks[2]]
     assert choose(Fault(0, Kind.KILL_TWO_RANKS, 1.0, False, draw=0.99), ranks) == [ranks[2], ranks[0]]
-    with pytest.raises(NotNow, match="1 of 2"):
-        choose(kill, ranks[:1])
+    for too_few, fault in ((ranks[:1], kill), (ranks[:2], replace(kill, kind=Kind.KILL_TWO_RANKS)), ([], kill)):
+        with pytest.raises(NotNow):
+            choose(fault, too_few)
+    sets = [Target(Role.RANK, f"rank {number}", number, unit=f"set {number // 2}") for number in range(4)]
+    assert choose(kill, sets) == [sets[3]]
+    with pytest.raises(NotNow):  # the peer alone is of no use
+        choose(kill, sets[2:])
     gateway = Target(Role.GATEWAY, "gateway 0", 9)
     assert choose(Fault(0, Kind.KILL_GATEWAY, 1.0, False, draw=0.5), [gateway]) == [gateway]

@@ -47,6 +47,10 @@ class Plain:
     def num_ranks(self) -> int:
         return self.shape.num_ranks
 
+    @property
+    def tp(self) -> int:
+        return self.shape.tp
+
     def processes(self) -> Sequence[psutil.Process]:
         found = []
         for role in _ROLES.values():
@@ -63,7 +67,7 @@ class Plain:
             return [Target(role, name, pid) for name, pid in self.keeper.alive(_ROLES[role])]
         files = sorted(self.folder.glob("group-*.json"))
         ranks = [rank for file in files for rank in json.loads(file.read_text())]
-        return [Target(role, name, pid) for name, pid in ranks if psutil.pid_exists(pid)]
+        return [Target(role, name, pid, unit) for name, pid, unit in ranks if psutil.pid_exists(pid)]
 
     @contextmanager
     def partitioned(self, target: Target) -> Iterator[None]:

@@ -116,7 +116,7 @@ class Launcher:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOADED)
         self._arrivals: dict[int, asyncio.Future[Caller]] = {}
-        self._told: dict[int, tuple[str, int]] = {}
+        self._told: dict[int, tuple[str, int, str]] = {}  # name, process and set of each rank
         self._port = 0
 
     async def listen(self) -> None:
@@ -143,11 +143,16 @@ class Launcher:
         pid, wait = await asyncio.to_thread(self._on_host, host, told) if host else self._fork(told)
         ended: asyncio.Future[str] = loop.create_future()
         waiting = asyncio.create_task(self._wait(worker, wait, ended))
-        done, _ = await asyncio.wait({arrival, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            done, _ = await asyncio.wait({arrival, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            os.kill(pid, signal.SIGKILL)
+            raise
         if arrival not in done:
             raise WorkerGone("its process ended before it could be reached")
         handle = Handle(arrival.result(), pid if host is None else _innermost(pid), ended, host)
-        self._told[worker] = f"{self._group} rank {seat} (worker {worker})", handle.pid
+        tensor_parallel_set = f"{self._group} {seat // self._orders.config.cluster.tp}"
+        self._told[worker] = f"{self._group} rank {seat} (worker {worker})", handle.pid, tensor_parallel_set
         self._tell()
         return handle
 
