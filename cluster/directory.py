@@ -130,7 +130,7 @@ class Directory:
         self.heard_s = self.born_s
 
     def hear(self, now_s: float) -> None:
-        """Somebody calls, whatever for. The first one after a silence tells that we were cut off: what we know is old."""
+        """Somebody calls, whatever for. The first after a silence tells that we were cut off: what we know is old."""
         if now_s - self.heard_s > DEAF_S:
             self.expected = frozenset(name for name, group in self.groups.items() if not group.is_lost)
             self.born_s = now_s

@@ -181,7 +181,7 @@ def test_what_fails_at_the_start_is_said() -> None:
     async def run() -> None:
         group = Group(cannot_load={1})
         supervisor = await group.supervisor()
-        with pytest.raises(GroupFailed, match="^CheckpointError: no such tensor$"):
+        with pytest.raises(GroupFailed, match=r"^CheckpointError: no such tensor$"):
             await supervisor.start()
         await supervisor.stop()
         assert all(process.killed for process in group.processes.values())
