@@ -92,13 +92,12 @@ def test_the_only_gateway_stops_and_comes_back() -> None:
     async def test() -> None:
         server = await serve(0)
         async with AsyncClient(f"127.0.0.1:{server.port}") as client:
-            asked = asyncio.ensure_future(client.generate("abc", max_tokens=100, request_id="mine"))
-            await asyncio.sleep(0.2)
+            events = client.stream("abc", max_tokens=100, request_id="mine")
+            begun = [await anext(events), await anext(events)]
             await server.stop(0)
-            assert not asked.done()
             await asyncio.sleep(0.3)
             server = await serve(server.port)
-            got = await asked
+            got = gather([*begun, *[event async for event in events]])
             assert got.usage.output_tokens == 100
             assert (await client.generate("abc", max_tokens=100, request_id="mine")).choices == got.choices
             await server.stop(0)
