@@ -226,6 +226,7 @@ def test_who_does_not_answer_does_not_keep_a_group_from_its_end() -> None:
     """Found by the chaos harness: a group that had given up waited for ever for a replacement that stood still."""
 
     async def scenario(group: Group, supervisor: Supervisor) -> None:
+        await asyncio.sleep(10)
         group.processes[0].end("exit code -9")
         await asyncio.sleep(1)
         group.processes[3].stopped = True  # the replacement, loading
