@@ -105,6 +105,10 @@ class Gateway:
             queue_counts=queue_s.cumulative(),
             queue_total_s=queue_s.total,
             cut_off=self._server.slow.num_cut,
+            parked=self._core.num_parked,
+            engine_losses=self._core.recovery.num_losses,
+            resumed=self._core.recovery.num_resumed,
+            quarantined=self._core.recovery.num_quarantined,
         )
 
 

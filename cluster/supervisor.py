@@ -31,6 +31,7 @@ TICK_S = 0.1
 REPORT_S = 0.5
 RETRY_S = 0.1
 ASK_S = 5.0
+STOP_S = 10.0
 FAREWELL_S = 0.5  # the directory may be stopping too, and then nobody needs to hear that we go
 
 Held = tuple[tuple[int, ...], ...]
@@ -121,7 +122,7 @@ class Supervisor:
         """Takes nothing new; returns when nothing runs any more. What does after ``seconds`` is to go elsewhere."""
         self._membership.drain()
         self._news.set()
-        await self._of_all(handle.drain(seconds) for handle in self._handles.values())
+        await self._of_all((handle.drain(seconds) for handle in self._handles.values()), seconds + ASK_S)
 
     async def stop(self) -> None:
         """Takes the group out of the directory and ends its processes."""
@@ -129,7 +130,7 @@ class Supervisor:
             task.cancel()
         with contextlib.suppress(Exception):
             await asyncio.wait_for(self._directory.remove(self._entry.name, self._entry.epoch), FAREWELL_S)
-        await self._of_all(handle.stop() for handle in self._handles.values())
+        await self._of_all((handle.stop() for handle in self._handles.values()), STOP_S)
         for handle in self._handles.values():
             handle.kill()
 
@@ -266,9 +267,10 @@ class Supervisor:
         except Exception as error:
             log.warning("directory: %s", error)
 
-    async def _of_all(self, calls: Iterable[Awaitable[None]]) -> None:
-        """Of workers some of which may be gone, and have nothing left to do."""
-        await asyncio.gather(*calls, return_exceptions=True)
+    async def _of_all(self, calls: Iterable[Awaitable[None]], limit_s: float) -> None:
+        """Of workers some of which may be gone, and have nothing left to do, or may not answer."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), limit_s)
 
 
 def share_of(seat: int, num_seats: int, held: Mapping[int, Held], redundant: int) -> Held:

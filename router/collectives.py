@@ -5,6 +5,7 @@ Legend: T tokens, D width, N ranks.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,7 +56,7 @@ class Collectives:
         try:
             work = backend.alltoall_base(bytes_out, bytes_in, list(receive), list(send))
         except RuntimeError as error:
-            raise GroupBroken(str(error)) from error
+            raise _broken(error) from error
 
         def arrived() -> Tensor:
             _await(work)
@@ -85,7 +86,7 @@ class Collectives:
         try:
             work = backend.broadcast(x, root)
         except RuntimeError as error:
-            raise GroupBroken(str(error)) from error
+            raise _broken(error) from error
         _await(work)
         return x
 
@@ -139,4 +140,10 @@ def _await(work: Any) -> None:
     try:
         work.wait()
     except RuntimeError as error:
-        raise GroupBroken(str(error)) from error
+        raise _broken(error) from error
+
+
+def _broken(error: RuntimeError) -> GroupBroken:
+    """With what gloo says in its first sentence, less the place in its source."""
+    first = re.split(r"\.(?:\s|$)", re.sub(r"^\[[^\]]*\] *", "", str(error)))[0]
+    return GroupBroken(first)

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from moestro.protos import wire
 from moestro.protos.gen import rank_pb2 as pb
@@ -32,7 +32,7 @@ class StepOutput:
     deltas: list[SequenceDelta]
     refusals: list[tuple[str, str]]  # sequence id and reason; never admitted
     load: EngineLoad
-    lost: list[tuple[str, str]] = field(default_factory=list)  # sequence id and reason; given up, to be replayed
+    lost: Sequence[tuple[str, str]] = ()  # sequence id and reason; given up, to be replayed
 
 
 class Outbox:

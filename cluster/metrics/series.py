@@ -36,6 +36,10 @@ class EdgeObserved:
     queue_counts: Sequence[int]  # that waited at most so long; the last: all
     queue_total_s: float
     cut_off: int
+    parked: int
+    engine_losses: int
+    resumed: int
+    quarantined: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,10 @@ def _edge_series(edge: EdgeObserved) -> Iterator[Metric]:
     waited.add_metric([], list(zip(bounds, edge.queue_counts, strict=True)), edge.queue_total_s)
     yield waited
     yield _counter("moestro_cut_off_streams", "Streams cut off since nobody read them.", "", [((), edge.cut_off)])
+    yield _gauge("moestro_parked_streams", "Streams remembered for clients that come back.", "", [((), edge.parked)])
+    yield _counter("moestro_lost_runs", "Requests that lost the rank they ran on.", "", [((), edge.engine_losses)])
+    yield _counter("moestro_resumed_streams", "Streams taken up again after a cut.", "", [((), edge.resumed)])
+    yield _counter("moestro_quarantined_requests", "Requests that kill ranks.", "", [((), edge.quarantined)])
 
 
 def extremes(load: Sequence[int]) -> Iterator[tuple[str, int]]:

@@ -36,6 +36,10 @@ EDGE = EdgeObserved(
     queue_counts=(10, 14, 15),
     queue_total_s=4.5,
     cut_off=1,
+    parked=5,
+    engine_losses=7,
+    resumed=3,
+    quarantined=2,
 )
 
 
@@ -79,7 +83,7 @@ def test_the_number_of_series_does_not_grow_with_experts() -> None:
     counts = {num: len(samples_of(exposed(observed(report_of(num, 4, 5))))) for num in (8, 64, 512)}
     assert len(set(counts.values())) == 1, counts
     num_layers, num_ranks = 5, 4
-    edge = 4 + len(EDGE.refused) + len(EDGE.queue_counts) + 2
+    edge = 8 + len(EDGE.refused) + len(EDGE.queue_counts) + 2
     status, group, per_rank, per_layer = 2, 2 * 7 + 2 + 5 + len(OUTCOMES), 4, 2 * EXTREMES + 2
     assert counts[8] <= status + edge + group + per_rank * num_ranks + per_layer * num_layers
 
@@ -97,6 +101,10 @@ def test_values_are_those_of_the_report() -> None:
     assert value(samples, "moestro_queue_seconds_count") == 15
     assert value(samples, "moestro_queue_seconds_sum") == 4.5
     assert value(samples, "moestro_cut_off_streams_total") == 1
+    assert value(samples, "moestro_parked_streams") == 5
+    assert value(samples, "moestro_lost_runs_total") == 7
+    assert value(samples, "moestro_resumed_streams_total") == 3
+    assert value(samples, "moestro_quarantined_requests_total") == 2
     assert value(samples, "moestro_expert_load", group="g0", layer=2, expert=1, kind="top") == max(layer.load)
     assert value(samples, "moestro_expert_load", group="g0", layer=2, expert=0, kind="bottom") == min(layer.load)
     assert value(samples, "moestro_layer_balancedness", group="g0", layer=2) == layer.balancedness

@@ -77,10 +77,17 @@ class Process:
         return self.held
 
     async def drain(self, seconds: float) -> None:
+        await self.answered()
         self.drained = seconds
 
     async def stop(self) -> None:
+        await self.answered()
         self.end("asked to")
+
+    async def answered(self) -> None:
+        """A stopped process answers nothing until it is killed."""
+        if self.stopped:
+            await self.gone()
 
     def kill(self) -> None:
         self.killed = True
@@ -213,6 +220,25 @@ def test_below_min_ranks_it_finishes_what_it_has_first() -> None:
             supervisor.check()
 
     supervised(scenario, config=MembershipConfig(GroupShape(3), min_ranks=3))
+
+
+def test_who_does_not_answer_does_not_keep_a_group_from_its_end() -> None:
+    """Found by the chaos harness: a group that had given up waited for ever for a replacement that stood still."""
+
+    async def scenario(group: Group, supervisor: Supervisor) -> None:
+        await asyncio.sleep(10)
+        group.processes[0].end("exit code -9")
+        await asyncio.sleep(1)
+        group.processes[3].stopped = True  # the replacement, loading
+        group.processes[1].end("exit code -9")
+        group.processes[2].end("exit code -9")
+        await asyncio.sleep(20)
+        with pytest.raises(GroupFailed):
+            supervisor.check()
+        async with asyncio.timeout(20):
+            await supervisor.stop()
+
+    supervised(scenario)
 
 
 def test_a_directory_that_is_away_changes_nothing_and_one_that_refuses_ends_the_group() -> None:

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,7 +62,8 @@ class Handle:
 
     def signal(self, number: int) -> float:
         assert self.process.pid is not None
-        os.kill(self.process.pid, number)
+        with suppress(ProcessLookupError):  # its end was before
+            os.kill(self.process.pid, number)
         return time.monotonic()
 
     def _listen(self) -> None:
