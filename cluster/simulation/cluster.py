@@ -117,18 +117,21 @@ class SimulatedCluster:
                 await asyncio.sleep(0.05)
                 self._check_failures()
         faults = asyncio.create_task(self._do_faults())
-        asking = [client.process.spawn(client.run()) for client in self.clients]
-        async with asyncio.timeout(PATIENCE_S):
-            for task in asking:
-                try:
-                    await task
-                except asyncio.CancelledError:
-                    if not task.cancelled():
-                        raise
+        asking = [client.process.spawn(client.run(), client.process.name) for client in self.clients]
+        await self._wait_for(asking)
         await faults
         self.check_ends()
         await self._settle()
         self._check_failures()
+
+    async def _wait_for(self, asking: list[asyncio.Task[None]]) -> None:
+        """Until every client has its answer or has given up."""
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + PATIENCE_S
+        while waiting := [task.get_name() for task in asking if not task.done()]:
+            assert loop.time() < until_s, f"after {PATIENCE_S:.0f} s {waiting[0]} has not ended"
+            await asyncio.sleep(0.1)
+            self._check_failures()
 
     def _check_failures(self) -> None:
         if self.failures:
