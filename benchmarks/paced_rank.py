@@ -59,6 +59,7 @@ class PacedRank:
     pace: Pace = field(default_factory=Pace)
     num_prompt_tokens: int = 0  # computed, ever
     prefilled: list[str] = field(default_factory=list)  # ids of sequences, when their first token comes
+    steps: list[tuple[float, int]] = field(default_factory=list)  # by time.perf_counter, and how many sequences ran
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(self.config)
@@ -105,6 +106,7 @@ class PacedRank:
             plan = self.scheduler.plan(time.monotonic())
             if plan.spans:
                 await asyncio.sleep(self.pace.step_s + self.pace.token_s * plan.num_tokens)
+                self.steps.append((time.perf_counter(), len(plan.spans)))
             deltas = self.scheduler.apply(plan, self._sample(plan), time.monotonic())
             if plan.spans or deltas or refusals:
                 self.server.publish(deltas, refusals, self.scheduler.load())

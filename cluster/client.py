@@ -21,7 +21,7 @@ import grpc
 
 from moestro.cluster import client_calls as calls
 from moestro.cluster.client_async import AsyncClient
-from moestro.cluster.client_attempts import Attempts, Route, addresses_of, error_from
+from moestro.cluster.client_attempts import Attempts, Route, addresses_of, error_from, was_cut_off
 from moestro.cluster.client_calls import CHANNEL_OPTIONS, Call, Messages, Options, StreamCall
 from moestro.cluster.client_progress import Progress
 from moestro.cluster.client_results import ClusterStatus, GroupExperts, Incident, ModelInfo, ServerInfo
@@ -40,7 +40,7 @@ class Client:
     asked in turn when one fails. Usable from several threads.
 
     ``timeout_s`` is the deadline of calls that name none, retries included; ``retries`` how often a call is tried again
-    of which nothing has arrived; ``resume_s`` how long a stream that was cut off is tried to be resumed.
+    that was refused or found nobody; ``resume_s`` how long one is tried again that was cut off.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class Client:
             raise error from failure
         if isinstance(error, Unavailable | Overloaded):
             self._route.failed(address)
-        return attempts.pause_after(error)
+        return attempts.pause_after(error, was_cut_off(failure))
 
     def _attempts(self, timeout_s: float | None) -> Attempts:
         timeout_s = self._timeout_s if timeout_s is None else timeout_s

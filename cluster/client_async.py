@@ -10,7 +10,7 @@ from typing import Any, TypeVar, Unpack
 import grpc
 
 from moestro.cluster import client_calls as calls
-from moestro.cluster.client_attempts import Attempts, Route, addresses_of, error_from
+from moestro.cluster.client_attempts import Attempts, Route, addresses_of, error_from, was_cut_off
 from moestro.cluster.client_calls import CHANNEL_OPTIONS, Call, Messages, Options, StreamCall
 from moestro.cluster.client_progress import Progress
 from moestro.cluster.client_results import ClusterStatus, GroupExperts, Incident, ModelInfo, ServerInfo
@@ -148,7 +148,7 @@ class AsyncClient:
             raise error from failure
         if isinstance(error, Unavailable | Overloaded):
             self._route.failed(address)
-        return attempts.pause_after(error)
+        return attempts.pause_after(error, was_cut_off(failure))
 
     def _attempts(self, timeout_s: float | None) -> Attempts:
         timeout_s = self._timeout_s if timeout_s is None else timeout_s

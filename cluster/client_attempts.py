@@ -11,6 +11,7 @@ from moestro.cluster.edge.statuses import DETAILS_KEY, error_of
 from moestro.protos.errors import MoestroError, Overloaded, Unavailable
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0  # between two attempts: doubled from one to the other
+_NOT_REACHED = "failed to connect"
 # What gRPC itself says, beside UNAVAILABLE, of a server that went away in mid-stream.
 _CUT_OFF = (
     (grpc.StatusCode.CANCELLED, ""),
@@ -46,8 +47,8 @@ class Route:
 
 
 class Attempts:
-    """How often and until when one call is tried. Before anything of an answer has arrived, ``retries`` times; a stream
-    that has begun goes on within ``resume_s`` seconds of each cut."""
+    """How often and until when one call is tried: one that was refused or found nobody, ``retries`` times; one that was
+    cut off by its server's end, or of which something has arrived, within ``resume_s`` seconds of each cut."""
 
     def __init__(self, retries: int, resume_s: float, timeout_s: float | None, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -67,9 +68,10 @@ class Attempts:
         """A part of the answer is here."""
         self._has_begun, self._cut_s, self._pause_s = True, None, FIRST_PAUSE_S
 
-    def pause_after(self, error: Exception) -> float:
+    def pause_after(self, error: Exception, was_cut_off: bool = False) -> float:
         """Seconds to wait before trying again, or raises the error when that would not help or the time is up."""
         now_s = self._clock()
+        self._has_begun = self._has_begun or was_cut_off
         passing = (Unavailable, Overloaded) if self._has_begun else (Unavailable,)
         if not isinstance(error, passing):
             raise error
@@ -92,9 +94,20 @@ def error_from(failure: grpc.RpcError) -> Exception:
     """An exception of ``protos.errors``, or TimeoutError."""
     if not isinstance(failure, grpc.Call | grpc.aio.AioRpcError):
         return MoestroError(str(failure))
-    metadata: Any = failure.trailing_metadata() or ()
-    details = next((value for key, value in metadata if key == DETAILS_KEY), None)
+    code = grpc.StatusCode.UNAVAILABLE if was_cut_off(failure) else failure.code()
+    return error_of(code, failure.details() or "", _details(failure))
+
+
+def was_cut_off(failure: grpc.RpcError) -> bool:
+    """Whether the server went away after it was reached; it says nothing itself then, gRPC does."""
+    if not isinstance(failure, grpc.Call | grpc.aio.AioRpcError) or _details(failure) is not None:
+        return False
     code, message = failure.code(), failure.details() or ""
-    if details is None and any(code is cut and words in message for cut, words in _CUT_OFF):
-        code = grpc.StatusCode.UNAVAILABLE
-    return error_of(code, message, details)
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return _NOT_REACHED not in message
+    return any(code is cut and words in message for cut, words in _CUT_OFF)
+
+
+def _details(failure: grpc.Call | grpc.aio.AioRpcError) -> bytes | None:
+    metadata: Any = failure.trailing_metadata() or ()
+    return next((value for key, value in metadata if key == DETAILS_KEY), None)

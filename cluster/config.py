@@ -169,7 +169,10 @@ class AdmissionConfig(Section):
         description="Tokens, prompt and expected output, that wait at a gateway. 0: as many as its ranks hold.",
     )
     max_queue_s: float = Field(
-        default=30.0, gt=0, le=86400, description="A request that would wait longer is refused at once."
+        default=30.0,
+        gt=0,
+        le=86400,
+        description="A request that would wait longer is refused at once; one let in waits twice as long at most.",
     )
     quantum: int = Field(
         default=512, ge=1, le=2**20, description="Tokens a client may start before it is the next one's turn."

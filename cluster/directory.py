@@ -3,7 +3,11 @@ wraps it. Times are seconds of one clock, given by the caller.
 
 Holds nothing that groups and gateways do not tell again every second or so, so losing it loses nothing: a new one is
 *settled* when everybody has had the time to tell again. Until then a group that it does not name may only not have
-spoken yet, so nobody drops one (``Snapshot.over``) and none begins, whose name or epoch might be in use.
+spoken yet, so nobody drops one (``Snapshot.over``) and none begins, whose name or epoch might be in use. One that has
+heard nobody for a while was cut off itself, and starts anew in the same way.
+
+A group that no longer reports gives up its name to the next one, but who is attached to its ranks stays: it may be only
+the directory that does not hear it, and of a dead process its connections tell.
 """
 
 from __future__ import annotations
@@ -15,8 +19,9 @@ from itertools import count
 
 from moestro.cluster.membership_records import RecoveryTotals
 
-EXPIRY_S = 10.0  # who has not reported for so long is gone
-FORGET_S = 60.0  # a group that is lost and not replaced is no longer shown
+EXPIRY_S = 10.0  # who has not reported for so long is silent
+FORGET_S = 600.0  # a group that is silent or lost and not replaced is no longer there
+DEAF_S = 3.0  # somebody asks or reports several times a second
 SETTLE_S = 6.0  # groups report every half second and gateways every two, once they have found the new directory
 
 
@@ -55,6 +60,7 @@ class GroupEntry:
     activity: str = ""  # in words, when it is not simply serving at full strength
     spare_ranks: int = 0  # how many more it could lose before the experts no longer fit the others
     recovery: RecoveryTotals = field(default_factory=RecoveryTotals)
+    is_silent: bool = False  # the directory has not heard of it for a while
 
     @property
     def is_serving(self) -> bool:
@@ -70,7 +76,8 @@ class GroupEntry:
 
     @property
     def is_lost(self) -> bool:
-        return all(rank.state is RankState.LOST for rank in self.ranks)
+        """Whether another group may take its name."""
+        return self.is_silent or all(rank.state is RankState.LOST for rank in self.ranks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +123,20 @@ class Directory:
     gateways: dict[str, GatewayEntry] = field(default_factory=dict)
     epochs: dict[str, int] = field(default_factory=dict)
     seen_s: dict[str, float] = field(default_factory=dict)  # last report, by name
+    heard_s: float = field(init=False)
 
     def __post_init__(self) -> None:
         self.settled = self.expected is not None and not self.expected
+        self.heard_s = self.born_s
+
+    def hear(self, now_s: float) -> None:
+        """Somebody calls, whatever for. The first after a silence tells that we were cut off: what we know is old."""
+        if now_s - self.heard_s > DEAF_S:
+            self.expected = frozenset(name for name, group in self.groups.items() if not group.is_lost)
+            self.born_s = now_s
+            self.settled = not self.expected
+            self.version += 1
+        self.heard_s = now_s
 
     def begin(self, dp: int, tp: int, now_s: float) -> GroupEntry:
         """A place for a new group: the lowest number that is free, or whose group is lost, at its next epoch.
@@ -173,14 +191,15 @@ class Directory:
             self.version += 1
 
     def expire(self, now_s: float) -> None:
-        """Groups that no longer report are lost and later forgotten, gateways that do not are forgotten."""
+        """Groups that no longer report are silent and later forgotten, gateways that do not are forgotten."""
         self._settle(now_s)
+        if not self.settled:
+            return
         for name, group in list(self.groups.items()):
-            if group.is_lost and now_s - self.seen_s[name] > FORGET_S:
+            if now_s - self.seen_s[name] > FORGET_S:
                 self.remove(name, group.epoch)
             elif now_s - self.seen_s[name] > EXPIRY_S and not group.is_lost:
-                lost = tuple(replace(rank, state=RankState.LOST) for rank in group.ranks)
-                self.groups[name] = replace(group, ranks=lost)
+                self.groups[name] = replace(group, is_silent=True)
                 self.version += 1
         for name in list(self.gateways):
             if now_s - self.seen_s[name] > EXPIRY_S:
@@ -196,7 +215,8 @@ class Directory:
         )
 
     def _settle(self, now_s: float) -> None:
-        heard = self.expected is not None and self.expected <= self.groups.keys()
+        since = {name for name in self.groups if self.seen_s[name] >= self.born_s}
+        heard = self.expected is not None and self.expected <= since
         if not self.settled and (heard or now_s - self.born_s > SETTLE_S):
             self.settled = True
             self.version += 1

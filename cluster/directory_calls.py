@@ -44,6 +44,7 @@ class DirectoryServer:
         self._changed = asyncio.Event()
 
     async def begin(self, dp: int, tp: int) -> GroupEntry:
+        self._directory.hear(_now_s())
         while not self._directory.settled:
             await self.watch(self._directory.version)
         group = self._directory.begin(dp, tp, _now_s())
@@ -51,6 +52,7 @@ class DirectoryServer:
         return group
 
     async def put(self, group: GroupEntry) -> bool:
+        self._directory.hear(_now_s())
         version = self._directory.version
         accepted = self._directory.put(group, _now_s())
         if self._directory.version != version:
@@ -62,6 +64,7 @@ class DirectoryServer:
         self._notify()
 
     async def put_gateway(self, gateway: GatewayEntry, epochs: Mapping[str, int]) -> None:
+        self._directory.hear(_now_s())
         self._directory.remember(epochs)
         self._directory.put_gateway(gateway, _now_s())
 
@@ -70,6 +73,7 @@ class DirectoryServer:
 
     async def watch(self, version: int) -> Snapshot:
         changed = self._changed
+        self._directory.hear(_now_s())
         self._directory.expire(_now_s())
         if version == self._directory.version:
             with contextlib.suppress(asyncio.TimeoutError):

@@ -90,7 +90,9 @@ class Gateway:
         except (MoestroError, TimeoutError):
             experts = ()
         status = cluster_status(await self._operations.status())
-        return Observed(__version__, self._core.num_open, self._observe_edge(), status, experts)
+        return Observed(
+            __version__, self._core.num_open, self._observe_edge(), status, experts, self._operations.groups
+        )
 
     def _observe_edge(self) -> EdgeObserved:
         permits = self._permits
@@ -103,6 +105,10 @@ class Gateway:
             queue_counts=queue_s.cumulative(),
             queue_total_s=queue_s.total,
             cut_off=self._server.slow.num_cut,
+            parked=self._core.num_parked,
+            engine_losses=self._core.recovery.num_losses,
+            resumed=self._core.recovery.num_resumed,
+            quarantined=self._core.recovery.num_quarantined,
         )
 
 

@@ -36,6 +36,11 @@ class ClusterOperations:
         """Takes the directory's latest picture."""
         self._groups = tuple(groups)
 
+    @property
+    def groups(self) -> tuple[GroupEntry, ...]:
+        """As the directory has them."""
+        return self._groups
+
     async def status(self) -> pb.GetClusterStatusResponse:
         loads = self._backend.loads()
         return pb.GetClusterStatusResponse(groups=[group_message(group, loads) for group in self._groups])

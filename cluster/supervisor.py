@@ -31,6 +31,7 @@ TICK_S = 0.1
 REPORT_S = 0.5
 RETRY_S = 0.1
 ASK_S = 5.0
+STOP_S = 10.0
 FAREWELL_S = 0.5  # the directory may be stopping too, and then nobody needs to hear that we go
 
 Held = tuple[tuple[int, ...], ...]
@@ -103,13 +104,12 @@ class Supervisor:
         return self._entry
 
     async def start(self) -> None:
-        """Returns when the group serves. Raises GroupFailed, the reason in its last line, when it does not come up."""
+        """Returns when the group serves. Raises GroupFailed with the reason when it does not come up."""
         self._run(self._tick())
         self._run(self._tell_directory())
         self._carry_out(self._membership.begin(self._now_s()))
         while not self._membership.is_settled:
-            if self._end.done():
-                raise GroupFailed(f"{self._entry.name} did not come up\n{self._end.result()}")
+            self.check()
             await asyncio.wait([self._end], timeout=TICK_S)
         await self._put()
 
@@ -122,7 +122,7 @@ class Supervisor:
         """Takes nothing new; returns when nothing runs any more. What does after ``seconds`` is to go elsewhere."""
         self._membership.drain()
         self._news.set()
-        await self._of_all(handle.drain(seconds) for handle in self._handles.values())
+        await self._of_all((handle.drain(seconds) for handle in self._handles.values()), seconds + ASK_S)
 
     async def stop(self) -> None:
         """Takes the group out of the directory and ends its processes."""
@@ -130,7 +130,7 @@ class Supervisor:
             task.cancel()
         with contextlib.suppress(Exception):
             await asyncio.wait_for(self._directory.remove(self._entry.name, self._entry.epoch), FAREWELL_S)
-        await self._of_all(handle.stop() for handle in self._handles.values())
+        await self._of_all((handle.stop() for handle in self._handles.values()), STOP_S)
         for handle in self._handles.values():
             handle.kill()
 
@@ -175,8 +175,7 @@ class Supervisor:
     async def _start_worker(self, seat: int, worker: int) -> None:
         gently = self._membership.view is not None
         try:
-            held = await self._share_of(seat) if gently else None
-            handle = await self._launch(seat, worker, held, gently)
+            handle = await self._launch(seat, worker, await self._share_of(seat) if gently else None, gently)
         except Exception as error:
             log.warning("%s: seat %d: %s", self._entry.name, seat, error)
             self._carry_out(self._membership.died(worker, str(error), self._now_s()))
@@ -187,11 +186,16 @@ class Supervisor:
         self._carry_out(self._membership.died(worker, reason, self._now_s()))
         del self._reports[worker]
 
-    async def _share_of(self, seat: int) -> Held:
+    async def _share_of(self, seat: int) -> Held | None:
         """The experts that a placement at full strength will want of a seat, by mixture layer, when the others keep
-        what they hold as far as they can."""
+        what they hold as far as they can; None when they do not say."""
         members = self._membership.members()
-        answers = await asyncio.wait_for(asyncio.gather(*(self._handles[m.number].holdings() for m in members)), ASK_S)
+        asked = asyncio.gather(*(self._handles[member.number].holdings() for member in members))
+        try:
+            answers = await asyncio.wait_for(asked, ASK_S)
+        except Exception as error:
+            log.warning("%s: what the ranks hold is not known: %s", self._entry.name, error)
+            return None
         held = {member.seat: holdings for member, holdings in zip(members, answers, strict=True)}
         return share_of(seat, self._membership.config.shape.world_size, held, self._redundant)
 
@@ -263,9 +267,10 @@ class Supervisor:
         except Exception as error:
             log.warning("directory: %s", error)
 
-    async def _of_all(self, calls: Iterable[Awaitable[None]]) -> None:
-        """Of workers some of which may be gone, and have nothing left to do."""
-        await asyncio.gather(*calls, return_exceptions=True)
+    async def _of_all(self, calls: Iterable[Awaitable[None]], limit_s: float) -> None:
+        """Of workers some of which may be gone, and have nothing left to do, or may not answer."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), limit_s)
 
 
 def share_of(seat: int, num_seats: int, held: Mapping[int, Held], redundant: int) -> Held:
@@ -273,7 +278,7 @@ def share_of(seat: int, num_seats: int, held: Mapping[int, Held], redundant: int
     layers = []
     for experts_by_rank in zip(*held.values(), strict=True):
         by_seat = dict(zip(held, experts_by_rank, strict=True))
-        num_experts = len(set().union(*experts_by_rank))
+        num_experts = 1 + max(set().union(*experts_by_rank))
         capacity = min(-(-(num_experts + redundant) // num_seats), num_experts)
         placement = rehome([by_seat.get(each, ()) for each in range(num_seats)], num_experts, capacity)
         layers.append(tuple(expert for expert in placement.slots[seat] if expert >= 0))

@@ -145,8 +145,8 @@ class Backend(Protocol):
     def make_linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> Linear:
         """The caller drops its reference to ``weight_OI``, which may have been repacked."""
 
-    def make_experts(self, shape: ExpertShape, fills: Sequence[Fill | None]) -> GroupedExperts:
-        """One slot per entry of ``fills``; None leaves it empty."""
+    def make_experts(self, shape: ExpertShape, fills: Sequence[Fill | None], room: int = 0) -> GroupedExperts:
+        """One slot per entry of ``fills``; None leaves it empty. ``room``: slots that there may ever be, if more."""
 
     def make_attention(self, shape: AttentionShape, norm: HeadNorm | None) -> PagedAttention[Any]: ...
 

@@ -46,7 +46,7 @@ class GroupedExperts(Protocol):
 
     def with_slots(self, sources: Sequence[int | None]) -> GroupedExperts:
         """As many slots as ``sources`` has: slot i holds what slot ``sources[i]`` of these holds, None leaves it empty.
-        These are not to be used any more: the memory may be the same."""
+        These are not to be used any more: the memory may be the same. Raises ValueError for more than there is room."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,7 @@ class PlainBackend:
     def make_linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> Linear:
         return make_linear(weight_OI, bias_O)
 
-    def make_experts(self, shape: ExpertShape, fills: Sequence[Fill | None]) -> GroupedExperts:
+    def make_experts(self, shape: ExpertShape, fills: Sequence[Fill | None], room: int = 0) -> GroupedExperts:
         return make_experts(shape, fills)
 
     def make_attention(self, shape: AttentionShape, norm: HeadNorm | None) -> PlainAttention:

@@ -10,6 +10,7 @@ ranks write, wait and notice a dead peer is in ``native/board.h``.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 from collections.abc import Sequence
@@ -23,8 +24,11 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
+from moestro.kernels.native_module import BuildError
 from moestro.router.collectives import Collectives
 from moestro.router.native import build
+
+log = logging.getLogger(__name__)
 
 PART_BYTES = 16 * 2**20
 """What a rank can put on a board in one operation. Address space: what is never written takes no memory."""
@@ -114,6 +118,15 @@ class BoardCollectives(Collectives):
     def close(self) -> None:
         self._board.close()
         super().close()
+
+
+def prepare() -> None:
+    """Builds and loads what boards need, where that can be done: it may take a minute, which a group that forms would
+    have to wait for."""
+    try:
+        build.load()
+    except BuildError as error:
+        log.info("the ranks of this host will share no memory: %s", error)
 
 
 def form_board(

@@ -5,11 +5,13 @@ Legend: T tokens, D width, N ranks.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._distributed_c10d import ErrorType
 
 from moestro.router.transport import Arrival
 
@@ -54,7 +56,7 @@ class Collectives:
         try:
             work = backend.alltoall_base(bytes_out, bytes_in, list(receive), list(send))
         except RuntimeError as error:
-            raise GroupBroken(str(error)) from error
+            raise _broken(error) from error
 
         def arrived() -> Tensor:
             _await(work)
@@ -84,7 +86,7 @@ class Collectives:
         try:
             work = backend.broadcast(x, root)
         except RuntimeError as error:
-            raise GroupBroken(str(error)) from error
+            raise _broken(error) from error
         _await(work)
         return x
 
@@ -96,12 +98,26 @@ class Collectives:
             total = total + part.float()
         return total.to(x.dtype)
 
+    def check(self) -> None:
+        """Raises GroupBroken when this group was closed."""
+        _ = self.backend
+
     def close(self) -> None:
         """Peers that wait for this rank, or will, see a lost connection. A call that waits ends: over NCCL at
         once, over gloo when its peers leave or its time is up. A second call does nothing."""
         backend, self._backend = self._backend, None
         if backend is not None:
             backend.abort()  # does nothing in gloo, whose connections close when its last reference is gone
+
+
+class NcclCollectives(Collectives):
+    """Over NCCL, which tells of a failure when it is asked."""
+
+    def check(self) -> None:
+        super().check()
+        error = self.backend.get_error()
+        if error != ErrorType.SUCCESS:
+            raise GroupBroken(f"NCCL: {error}")
 
 
 class NoPeers(Collectives):
@@ -116,9 +132,18 @@ class NoPeers(Collectives):
     def broadcast_(self, x: Tensor, root: int) -> Tensor:
         return x
 
+    def check(self) -> None:
+        pass
+
 
 def _await(work: Any) -> None:
     try:
         work.wait()
     except RuntimeError as error:
-        raise GroupBroken(str(error)) from error
+        raise _broken(error) from error
+
+
+def _broken(error: RuntimeError) -> GroupBroken:
+    """With what gloo says in its first sentence, less the place in its source."""
+    first = re.split(r"\.(?:\s|$)", re.sub(r"^\[[^\]]*\] *", "", str(error)))[0]
+    return GroupBroken(first)

@@ -10,6 +10,7 @@ The store is a TCPStore whose server lives outside the ranks, so that no rank is
 from __future__ import annotations
 
 import logging
+import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,12 +22,14 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # where torch's own types for them are
 
 from moestro.router.board import Board, BoardCollectives, NoBoard, form_board
-from moestro.router.collectives import Collectives, NoPeers
+from moestro.router.collectives import Collectives, NcclCollectives, NoPeers
 from moestro.router.parallel import GroupShape, NoTensorParallel, TensorParallel
 
 DeviceKind = Literal["cpu", "cuda"]
 
 log = logging.getLogger(__name__)
+
+_CLEAN_UP_ONLY = "2"  # of torch's ErrorHandlingMode: abort the communicators and go on
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,7 @@ class MeshTensorParallel:
     """TensorParallel over a process group."""
 
     collectives: Collectives
+    wait_s: float = 0.0  # a seat counts
 
     @property
     def rank(self) -> int:
@@ -102,6 +106,12 @@ class Mesh:
     def progress(self) -> int:
         """How many collectives of the whole group this rank has come to. Any thread."""
         return self.world.progress + self.control.progress
+
+    def check(self) -> None:
+        """Raises GroupBroken when what the last collectives returned cannot be believed: over NCCL those that were
+        aborted return all the same."""
+        for collectives in self._collectives():
+            collectives.check()
 
     def _collectives(self) -> list[Collectives]:
         tp = [self.tp.collectives] if isinstance(self.tp, MeshTensorParallel) else []
@@ -147,7 +157,7 @@ def join(
         prefixed = PrefixStore(f"epoch/{epoch}/{name}", store)
         if kind == "cuda":
             nccl = _nccl(prefixed, its_rank, size, timedelta(seconds=timeout_s), device)
-            return Collectives(its_rank, size, nccl), NoBoard("the ranks compute on CUDA devices")
+            return NcclCollectives(its_rank, size, nccl), NoBoard("the ranks compute on CUDA devices")
         backend = _gloo(prefixed, its_rank, size, timedelta(seconds=forming_s), hostname, interface)
         backend._set_default_timeout(timedelta(seconds=timeout_s))
         gloo = Collectives(its_rank, size, backend)
@@ -189,6 +199,8 @@ def _nccl(store: Store, rank: int, size: int, timeout: timedelta, device: torch.
     if not dist.is_nccl_available():
         raise RuntimeError("this torch has no NCCL, which ranks on CUDA devices need")
     torch.cuda.set_device(device)  # NCCL takes the current device for its own streams and barriers
+    # What NCCL says of a peer breaks the group, and not the process as torch would have it.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", _CLEAN_UP_ONLY)
     nccl: Any = dist.ProcessGroupNCCL
     options = nccl.Options()
     options._timeout = timeout

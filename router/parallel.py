@@ -7,6 +7,7 @@ tensor-parallel over ``tp``; experts are spread over all ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Protocol
 
 from torch import Tensor
@@ -43,6 +44,10 @@ class TensorParallel(Protocol):
     @property
     def size(self) -> int: ...
 
+    @property
+    def wait_s(self) -> float:
+        """Seconds that the host has spent in these collectives, where somebody counts them."""
+
     def sum(self, x: Tensor) -> Tensor:
         """Sum over the set in rank order (gather, then add), the same bits on every rank."""
 
@@ -56,6 +61,7 @@ class NoTensorParallel:
 
     rank: int = 0
     size: int = 1
+    wait_s: float = 0.0
 
     def sum(self, x: Tensor) -> Tensor:
         return x
@@ -69,7 +75,7 @@ class TensorParallelSeat:
     for a seat, and takes part in one epoch after another through ``join``."""
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank, self.size = rank, size
+        self.rank, self.size, self.wait_s = rank, size, 0.0
         self._joined: TensorParallel | None = NoTensorParallel() if size == 1 else None
 
     def join(self, tp: TensorParallel) -> None:
@@ -79,10 +85,16 @@ class TensorParallelSeat:
         self._joined = tp
 
     def sum(self, x: Tensor) -> Tensor:
-        return self._collectives.sum(x)
+        start = perf_counter()
+        total = self._collectives.sum(x)
+        self.wait_s += perf_counter() - start
+        return total
 
     def gather(self, x: Tensor, dim: int = -1) -> Tensor:
-        return self._collectives.gather(x, dim)
+        start = perf_counter()
+        gathered = self._collectives.gather(x, dim)
+        self.wait_s += perf_counter() - start
+        return gathered
 
     @property
     def _collectives(self) -> TensorParallel:

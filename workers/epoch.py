@@ -31,6 +31,7 @@ from moestro.workers.rebalancing.group_experts import GroupExperts, NoExperts
 from moestro.workers.rebalancing.setup import group_experts, topology
 from moestro.workers.regroup import regroup
 from moestro.workers.runner import StepRunner
+from moestro.workers.watched_runner import WatchedRunner
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +70,8 @@ def formed(meeting: Meeting, share: Share, account: Account, begin_anew: Callabl
     """Comes together with the other members of a view; leaves them when the block ends, or the interruption comes.
     ``begin_anew`` is called when the ranks of this tensor-parallel set are no replicas of each other any more.
 
-    Raises GroupBroken when the group cannot form or is broken again, Superseded when the interruption comes,
-    ConfigError, CheckpointError and ExpertsDoNotFit for what another view of the same members would not mend."""
+    Raises GroupBroken when the group cannot form or is broken again, ExpertsDoNotFit when it is too small, Superseded
+    when the interruption comes, ConfigError and CheckpointError for what is this worker's own fault."""
     view, interruption, spec = meeting.view, meeting.interruption, share.spec
     with ExitStack() as leaving:
         mesh = _meet(meeting, spec, share.device)
@@ -91,6 +92,8 @@ def formed(meeting: Meeting, share: Share, account: Account, begin_anew: Callabl
             superseded=interruption.event,
         )
         runner = runner_over(spec, regrouped.model, share.cache, share.limits, view.shape, share.device)
+        if share.device.type == "cuda":
+            runner = WatchedRunner(runner, mesh.check)
         lockstep = make_lockstep(mesh, meeting.store, timeout_s=FORMING_S)
         leaving.callback(lockstep.close)
         interruption.then(lockstep.close)
@@ -101,7 +104,6 @@ def formed(meeting: Meeting, share: Share, account: Account, begin_anew: Callabl
             rank=meeting.rank,
             node_of_rank=node_of_rank,
             open_source=share.open_source,
-            tp=view.tp,
         )
         leaving.callback(experts.close)
         _await_all(meeting)

@@ -118,6 +118,8 @@ class SoloLockstep:
         self._woken = threading.Event()
 
     def begin(self, inbox: list[bytes], now: float) -> tuple[list[bytes], float]:
+        if self._closed:  # there is no collective that would break
+            raise GroupBroken(_CLOSED)
         return inbox, now
 
     def agree(self, num_tokens: int, note: Note = NOTHING) -> StepAgreement:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from moestro.protos import wire
 from moestro.protos.gen import rank_pb2 as pb
@@ -32,7 +32,7 @@ class StepOutput:
     deltas: list[SequenceDelta]
     refusals: list[tuple[str, str]]  # sequence id and reason; never admitted
     load: EngineLoad
-    lost: list[tuple[str, str]] = field(default_factory=list)  # sequence id and reason; given up, to be replayed
+    lost: Sequence[tuple[str, str]] = ()  # sequence id and reason; given up, to be replayed
 
 
 class Outbox:
@@ -172,7 +172,7 @@ class RankLoop:
         launched = self._engine.launch(plan, agreement.tokens_per_rank)
         self._outbox.flush()  # while the device computes
         deltas = self._engine.collect(plan, launched, self._clock)
-        self._experts.stepped(time.perf_counter() - started_s, plan.num_tokens)
+        self._experts.stepped(time.perf_counter() - started_s, plan.num_tokens, self._engine.load().kv_blocks_used)
         return deltas
 
     def _take_in(self, messages: list[bytes], now: float) -> None:

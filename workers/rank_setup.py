@@ -16,6 +16,7 @@ from moestro.kernels.backend import Backend, BackendName
 from moestro.kernels.choose import choose_backend
 from moestro.protos.errors import ConfigError
 from moestro.protos.sequences import EngineLimits
+from moestro.router import board
 from moestro.router.expert_parallel import ExpertParallel, over_group
 from moestro.router.mesh import DeviceKind, Mesh
 from moestro.router.parallel import GroupShape, TensorParallelSeat
@@ -100,6 +101,8 @@ def load_share(
     kind = device_kind(spec.device)
     configure_torch(kind)
     device = torch.device("cuda", 0) if kind == "cuda" else torch.device(kind)
+    if kind == "cpu" and spec.shape.world_size > 1:
+        board.prepare()
     checkpoint = open_checkpoint(spec.model)
     dtype = _DTYPES[spec.dtype] or checkpoint.config.dtype
     backend = _backend(spec, device, dtype)

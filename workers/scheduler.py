@@ -123,11 +123,6 @@ class Scheduler:
         """Whether a step has something to compute or to say. A plan without spans is legal; apply it all the same."""
         return bool(self._running or self._waiting or self._cancelled)
 
-    @property
-    def sequence_ids(self) -> tuple[str, ...]:
-        """Of all that have not ended."""
-        return tuple(self._by_id)
-
     def load(self) -> EngineLoad:
         """Load as of the last step. Blocks that are only findable count as unused."""
         return EngineLoad(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from moestro.protos.errors import ExpertsDoNotFit
 from moestro.protos.experts import ExpertsReport, PlacementRequest
 from moestro.protos.sequences import EngineLimits, EngineLoad
 from moestro.router.collectives import GroupBroken
@@ -186,6 +187,8 @@ class Worker:
                     self._stopping = True  # the group has agreed to
         except Superseded:
             pass
+        except ExpertsDoNotFit as error:  # until others come
+            self._tell(WorkerPhase.BROKEN, view.epoch, str(error))
         except RuntimeError as error:
             if interruption.event.is_set():  # called away in the middle of something
                 return

@@ -6,7 +6,7 @@ robin over clients, in tokens. The line is bounded in number, in tokens and in t
 time is refused on arrival, with the time after which it may come again; one whose deadline can no longer be met is
 given up without being started. When the line is full, the client that fills it gives way.
 
-Sans-IO: asks, capacities and times in, outcomes out. Times are seconds of one clock, given by the caller.
+Sans-IO: asks, capacities and times in, settled tickets out. Times are seconds of one clock, given by the caller.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from __future__ import annotations
 from moestro.cluster.backend import Capacity
 from moestro.cluster.edge.estimates import OutputEstimate, Pace
 from moestro.cluster.edge.fair_queue import FairQueue, Waiting
-from moestro.cluster.edge.tickets import AdmissionCounts, AdmissionLimits, Ask, Outcome, Refusal, Ticket
+from moestro.cluster.edge.tickets import AdmissionCounts, AdmissionLimits, Ask, Refusal, Ticket
 from moestro.protos.errors import Overloaded
 
-CAUTION = 1.25  # estimates of waiting are taken for so much longer: who is let in should not be given up later
+CAUTION = 1.5  # estimates of waiting are taken for so much longer: who is let in should not be given up later
+PATIENCE = 2  # times max_queue_s: who was let in and has waited so long, since ranks were lost meanwhile, is given up
 MIN_RETRY_S = 0.1
 UNKNOWN_RETRY_S = 1.0  # while nothing has been measured
 
@@ -40,7 +41,7 @@ class Admission:
         self.is_shedding = False  # memory runs short: nobody is let in
         self._queue = FairQueue(limits.quantum)
         self._waiting: dict[Waiting, Ticket] = {}
-        self._outcomes: list[Outcome] = []
+        self._settled: list[Ticket] = []  # since the last ``advance``
         self._outputs = OutputEstimate()
         self._pace = Pace()
         self._return_s = 0.0  # when the last one that was refused may come again
@@ -91,8 +92,8 @@ class Admission:
         self._count_open(ticket, 1)
         return ticket
 
-    def advance(self, capacity: Capacity, now_s: float) -> list[Outcome]:
-        """Starts those there is room for, and says what has come of tickets since the last call."""
+    def advance(self, capacity: Capacity, now_s: float) -> list[Ticket]:
+        """Starts those there is room for. All that were started, or given up with a refusal, since the last call."""
         while (head := self._queue.head()) is not None:
             ticket = self._waiting[head]
             if now_s > ticket.start_by_s:
@@ -101,8 +102,8 @@ class Admission:
                 self._start(ticket, now_s)
             else:
                 break
-        outcomes, self._outcomes = self._outcomes, []
-        return outcomes
+        settled, self._settled = self._settled, []
+        return settled
 
     def expire(self, now_s: float) -> None:
         """Gives up those that can no longer start in time. To be called now and then while somebody waits: ``advance``
@@ -148,7 +149,7 @@ class Admission:
     def _ticket(self, ask: Ask, now_s: float) -> Ticket:
         output_tokens = self._outputs.expected(ask.max_tokens)
         cost = max(1, ask.choices * (ask.prompt_tokens + output_tokens))
-        start_by_s = min(now_s + self.limits.max_queue_s, ask.deadline_s)
+        start_by_s = min(now_s + PATIENCE * self.limits.max_queue_s, ask.deadline_s)
         return Ticket(ask, Waiting(ask.client, cost, ask.priority), output_tokens, now_s, start_by_s)
 
     # Room.
@@ -192,8 +193,8 @@ class Admission:
         return CAUTION * self._pace.seconds_to_free(self._queue.in_front(client, cost), self._open_tokens)
 
     def _give_up_late(self, ticket: Ticket, now_s: float) -> None:
-        waited_all = ticket.start_by_s == ticket.arrived_s + self.limits.max_queue_s
-        self._give_up(ticket, Refusal.WAIT if waited_all else Refusal.DEADLINE, now_s)
+        waited_long = now_s - ticket.arrived_s > PATIENCE * self.limits.max_queue_s
+        self._give_up(ticket, Refusal.WAIT if waited_long else Refusal.DEADLINE, now_s)
 
     # From one state to the next.
 
@@ -203,11 +204,12 @@ class Admission:
         ticket.started_s = now_s
         self._count_open(ticket, 1)
         self.counts.queue_s.add(now_s - ticket.arrived_s)
-        self._outcomes.append(Outcome(ticket))
+        self._settled.append(ticket)
 
     def _give_up(self, ticket: Ticket, reason: Refusal, now_s: float) -> None:
         self._leave(ticket)
-        self._outcomes.append(Outcome(ticket, self.refuse(reason, _GIVEN_UP[reason], now_s)))
+        ticket.refusal = self.refuse(reason, _GIVEN_UP[reason], now_s)
+        self._settled.append(ticket)
 
     def _leave(self, ticket: Ticket) -> None:
         ticket.is_over = True

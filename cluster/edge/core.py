@@ -19,15 +19,13 @@ from moestro.cluster.edge.admitting import Admitting
 from moestro.cluster.edge.callers import NOBODY, Caller, ask_for
 from moestro.cluster.edge.events import Completion, StreamEvent, gather
 from moestro.cluster.edge.history import Arrived
-from moestro.cluster.edge.incidents import Incidents
 from moestro.cluster.edge.journal import Journal
 from moestro.cluster.edge.parking import Parking
 from moestro.cluster.edge.permits import Permits
 from moestro.cluster.edge.request_ids import new_request_id
 from moestro.cluster.edge.request_stream import RequestStream
-from moestro.cluster.edge.run import Run
+from moestro.cluster.edge.run import Recovery, Run
 from moestro.cluster.edge.served import EdgeLimits, ServedModel, TextModel
-from moestro.cluster.edge.suspects import Suspects
 from moestro.cluster.edge.tickets import Refusal
 from moestro.cluster.edge.validation import ValidRequest, validate_chat, validate_generate, validate_token_ids
 from moestro.protos.errors import FieldViolation, InvalidRequest, Overloaded, UnknownModel
@@ -45,11 +43,10 @@ class RequestCore:
             raise ValueError("an edge without a model")
         self.limits = limits or EdgeLimits()
         self.models = {model.name: model for model in models}
-        self.incidents = Incidents(self.limits.recovery.max_incidents)
+        self.recovery = Recovery(self.limits.recovery)
         self._open: dict[str, RequestStream] = {}  # by request id
         self._admitting: dict[str, Admitting] = {}
         self._parking = Parking(self.limits.recovery)
-        self._suspects = Suspects()
         self._num_text_calls = 0
         self.permits = {
             model.name: Permits(Admission(self.limits.admission), model.backend.capacity) for model in models
@@ -111,7 +108,7 @@ class RequestCore:
                 ask = ask_for(journal, caller.name, started_s + remaining_s)
                 permit = permits.go_on(ask) if goes_on else await permits.take(ask)
             journal.wait(permit.queued_s)
-            run = Run(journal, model.backend, self.limits.recovery, self._suspects, self.incidents)
+            run = Run(journal, model.backend, self.recovery)
             try:
                 run.start()
             except BaseException:
@@ -119,6 +116,7 @@ class RequestCore:
                 raise
             stream = self._open[request_id] = RequestStream(journal, run, deadline_s, permit, self._on_close)
             self._parking.discard(request_id)
+            self.recovery.num_resumed += valid.resume is not None
         return stream
 
     async def stream(
@@ -187,7 +185,7 @@ class RequestCore:
         """What the caller of a stream has of it. A stream that is still open is taken over. Raises InvalidRequest,
         Quarantined."""
         request_id = admitted.request_id
-        if (incident := self.incidents.of_request(request_id)) is not None:
+        if (incident := self.recovery.incidents.of_request(request_id)) is not None:
             raise incident.verdict()
         open_stream = self._open.get(request_id)
         arrived = self._parking.arrived(claimed, admitted, None if open_stream is None else open_stream.journal)

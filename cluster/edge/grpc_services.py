@@ -158,7 +158,7 @@ class ClusterHandlers:
         return (await self._cluster.set_placement(request)).SerializeToString()
 
     async def _incidents(self, request: pb.GetIncidentsRequest, context: Context) -> bytes:
-        found = self._core.incidents.latest()
+        found = self._core.recovery.incidents.latest()
         if request.name:
             found = [incident for incident in found if incident.name == request.name]
             if not found:

@@ -19,18 +19,27 @@ log = logging.getLogger(__name__)
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 0.5  # between two tries to start a replay
 
 
+class Recovery:
+    """What the runs of one edge share, and what happened to them since its start."""
+
+    def __init__(self, limits: RecoveryLimits) -> None:
+        self.limits = limits
+        self.suspects = Suspects()
+        self.incidents = Incidents(limits.max_incidents)
+        self.num_losses = 0  # of engines, one for every run they had
+        self.num_quarantined = 0
+        self.num_resumed = 0  # streams that were cut off and taken up again
+
+
 class Run:
     """What feeds a journal: ``deltas`` of the present engine, ``accept`` for what they say, and ``recover`` when they
     end before the request does."""
 
-    def __init__(
-        self, journal: Journal, backend: Backend, limits: RecoveryLimits, suspects: Suspects, incidents: Incidents
-    ) -> None:
+    def __init__(self, journal: Journal, backend: Backend, recovery: Recovery) -> None:
         self._journal = journal
         self._backend = backend
-        self._limits = limits
-        self._suspects = suspects
-        self._incidents = incidents
+        self._recovery = recovery
+        self._limits = recovery.limits
         self._deltas: DeltaStream | None = None
         self._loss: EngineLost | None = None  # until the replay tells something
         self._patience_ends_s = 0.0
@@ -103,6 +112,7 @@ class Run:
         """Raises Quarantined or Unavailable when it must not be tried again."""
         now_s, journal = self._now(), self._journal
         journal.lose(loss.died, now_s)
+        self._recovery.num_losses += 1
         if loss.died:
             self._deaths.append(Death(loss.engine, str(loss), now_s))
             if journal.num_deaths >= 2 and self._trial is not None and self._trial.was_alone:
@@ -120,7 +130,7 @@ class Run:
         try:
             async with asyncio.timeout_at(self._patience_ends_s):
                 if self._trial is None and self._journal.num_deaths:
-                    self._trial = await self._suspects.begin(self._journal.num_deaths)
+                    self._trial = await self._recovery.suspects.begin(self._journal.num_deaths)
                 while self._deltas is None:
                     await self._backend.available()
                     try:
@@ -136,7 +146,8 @@ class Run:
 
     def _quarantine(self) -> Quarantined:
         num_tokens = tuple(len(choice.output_ids) for choice in self._journal.choices)
-        incident = self._incidents.add(self._journal.admitted, num_tokens, tuple(self._deaths))
+        incident = self._recovery.incidents.add(self._journal.admitted, num_tokens, tuple(self._deaths))
+        self._recovery.num_quarantined += 1
         log.error("quarantined: %s", incident)
         return incident.verdict()
 
@@ -147,5 +158,5 @@ class Run:
 
     def _end_trial(self) -> None:
         if self._trial is not None:
-            self._suspects.end(self._trial)
+            self._recovery.suspects.end(self._trial)
             self._trial = None

@@ -15,6 +15,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 
 from moestro.cluster.client_results import ClusterStatus, GroupExperts, GroupStatus
+from moestro.cluster.directory import GroupEntry
+from moestro.cluster.metrics.recovery import recovery_series
 from moestro.protos.experts import LayerExperts
 
 EXTREMES = 3  # experts of a layer at either end
@@ -34,6 +36,10 @@ class EdgeObserved:
     queue_counts: Sequence[int]  # that waited at most so long; the last: all
     queue_total_s: float
     cut_off: int
+    parked: int
+    engine_losses: int
+    resumed: int
+    quarantined: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +51,7 @@ class Observed:
     edge: EdgeObserved
     status: ClusterStatus
     experts: tuple[GroupExperts, ...]  # of the groups that answered
+    groups: tuple[GroupEntry, ...] = ()  # as the directory has them
 
 
 def series(observed: Observed) -> Iterator[Metric]:
@@ -53,6 +60,7 @@ def series(observed: Observed) -> Iterator[Metric]:
     yield _gauge("moestro_open_requests", "Requests open at this gateway.", "", [((), observed.open_requests)])
     yield from _edge_series(observed.edge)
     yield from _status_series(observed.status.groups)
+    yield from recovery_series(observed.groups)
     yield from _expert_series(observed.experts)
     yield from _rebalancer_series(observed.experts)
 
@@ -67,6 +75,10 @@ def _edge_series(edge: EdgeObserved) -> Iterator[Metric]:
     waited.add_metric([], list(zip(bounds, edge.queue_counts, strict=True)), edge.queue_total_s)
     yield waited
     yield _counter("moestro_cut_off_streams", "Streams cut off since nobody read them.", "", [((), edge.cut_off)])
+    yield _gauge("moestro_parked_streams", "Streams remembered for clients that come back.", "", [((), edge.parked)])
+    yield _counter("moestro_lost_runs", "Requests that lost the rank they ran on.", "", [((), edge.engine_losses)])
+    yield _counter("moestro_resumed_streams", "Streams taken up again after a cut.", "", [((), edge.resumed)])
+    yield _counter("moestro_quarantined_requests", "Requests that kill ranks.", "", [((), edge.quarantined)])
 
 
 def extremes(load: Sequence[int]) -> Iterator[tuple[str, int]]:

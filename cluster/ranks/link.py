@@ -56,7 +56,7 @@ class RankLink:
         self._metadata = ((SECRET_KEY, secret),)
         self._on_lost = on_lost
         self._channel = open_channel(address)
-        self._outgoing: asyncio.Queue[pb.AttachRequest] = asyncio.Queue()
+        self._outgoing: asyncio.Queue[pb.AttachRequest | None] = asyncio.Queue()  # None: nothing more
         self._streams = DeltaStreams(gateway_id, self._cancel)
         self._reader: asyncio.Task[None] | None = None
 
@@ -121,12 +121,13 @@ class RankLink:
     async def close(self) -> None:
         if self._reader is not None:
             self._reader.cancel()
+        self._outgoing.put_nowait(None)  # grpc leaves the task that reads our requests waiting when the call has ended
         await self._channel.close(None)
 
     async def _requests(self) -> AsyncIterator[pb.AttachRequest]:
         yield self._hello
-        while True:
-            yield await self._outgoing.get()
+        while (request := await self._outgoing.get()) is not None:
+            yield request
 
     async def _read(self, call: grpc.aio.StreamStreamCall[pb.AttachRequest, pb.AttachResponse]) -> None:
         reason = "closed the stream"
@@ -142,8 +143,10 @@ class RankLink:
             log.exception("rank at %s sent something unreadable", self.address)
             reason = "sent something unreadable"
         finally:
+            self._reader = None
             self.fail(reason)
             self._on_lost(self)
+        await self.close()
 
     def fail(self, reason: str) -> None:
         """Its streams go on elsewhere, at once."""

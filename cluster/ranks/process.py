@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import grpc
 import psutil
 
+from moestro.cluster.memory_reader import MemoryReader
+from moestro.cluster.memory_watch import watch_memory
 from moestro.cluster.ranks.priority import gentle
 from moestro.cluster.ranks.report import UNHEARD, WATCH_S, RankPlace, RankReport
 from moestro.cluster.ranks.server import CHANNEL_OPTIONS, RankServer
@@ -47,6 +49,7 @@ class RankProcess:
         self._server: grpc.aio.Server | None = None
         self._engine: threading.Thread | None = None
         self._starting: asyncio.Task[None] | None = None
+        self._memory: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begins to load."""
@@ -84,6 +87,8 @@ class RankProcess:
             await asyncio.to_thread(self._engine.join, JOIN_S)
         if self._server is not None:
             await self._server.stop(STOP_S)
+        if self._memory is not None:
+            self._memory.cancel()
 
     async def _start(self) -> None:
         loop = asyncio.get_running_loop()
@@ -151,6 +156,8 @@ class RankProcess:
         rank_pb2_grpc.add_RankServiceServicer_to_server(self._rank_server, self._server)
         port = self._server.add_insecure_port(f"{self._place.host}:0")
         await self._server.start()
+        limit = self._spec.memory_bytes if loaded.device == "cpu" else 0  # a GPU's memory is fixed when it starts
+        self._memory = asyncio.create_task(watch_memory(MemoryReader(limit), self._rank_server.set_pressure))
         return f"{self._place.host}:{port}"
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:

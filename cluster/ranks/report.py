@@ -11,7 +11,7 @@ from moestro.workers.worker_state import WorkerPhase, WorkerState
 if TYPE_CHECKING:
     from moestro.router.mesh import StoreAddress
 
-WATCH_S = 0.25  # a watch answers at least so often, and so is a sign of life
+WATCH_S = 0.5  # a watch answers at least so often, and so is a sign of life
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class RankPlace:
     """Where a rank's process stands: its group, its seat and number there, and how the group's members meet.
 
     ``held``: by mixture layer the logical experts to load, None for those of the seat at full strength. ``gently``: it
-    loads beside a group that serves, with what processor time the others leave."""
+    loads beside a group that serves, a little behind it."""
 
     group: str
     seat: int

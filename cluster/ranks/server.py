@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import grpc
 
 from moestro.cluster.edge.statuses import status_of
+from moestro.cluster.memory import Pressure
 from moestro.cluster.ranks.placements import read_placement
 from moestro.protos import wire
 from moestro.protos.errors import Unavailable
@@ -88,6 +89,7 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
         self.epoch = epoch
         self._on_over = on_over
         self._draining = False
+        self._is_shedding = False
         self._failure = ""
         self._owner: dict[str, _Outbox] = {}
         self._outboxes: dict[_Outbox, None] = {}  # in the order of their coming
@@ -111,12 +113,22 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
             if delta.finish_reason is not None:
                 self._forget(delta.sequence_id)
         for sequence_id, reason in refusals:
-            if (outbox := self._owner.get(sequence_id)) is not None:
-                outbox.add().MergeFrom(pb.Delta(sequence_id=sequence_id, error=reason, refused=True))
-                self._forget(sequence_id)
+            self._refuse(sequence_id, reason)
         for sequence_id, reason in lost:
             self._lose(sequence_id, reason)
         self._load = load
+        for outbox in self._outboxes:
+            outbox.ready.set()
+
+    @property
+    def num_open(self) -> int:
+        """Sequences that gateways have here."""
+        return len(self._owner)
+
+    def set_pressure(self, pressure: Pressure) -> None:
+        """How short memory is. While it is short nothing new is taken. What waits here is a short line without blocks,
+        and stays. Call on the loop."""
+        self._is_shedding = pressure >= Pressure.NEW
         for outbox in self._outboxes:
             outbox.ready.set()
 
@@ -141,6 +153,11 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
         self._lose(sequence_id, "the rank is leaving")
         self._submit(pb.AttachRequest(cancel=sequence_id).SerializeToString())
         outbox.ready.set()
+
+    def _refuse(self, sequence_id: str, reason: str) -> None:
+        if (outbox := self._owner.get(sequence_id)) is not None:
+            outbox.add().MergeFrom(pb.Delta(sequence_id=sequence_id, error=reason, refused=True))
+            self._forget(sequence_id)
 
     def _lose(self, sequence_id: str, reason: str) -> None:
         if (outbox := self._owner.get(sequence_id)) is not None:
@@ -183,6 +200,7 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
                     await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the gateway reads too slowly")
                 message, outbox.message = outbox.message, pb.AttachResponse()
                 message.step.load.CopyFrom(wire.encode_load(self._load))
+                message.step.load.shedding = self._is_shedding
                 yield message
         finally:
             reader.cancel()
@@ -235,6 +253,9 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
                 outbox.sequences[request.submit.sequence_id] = None
                 if self._draining:
                     self._leave(request.submit.sequence_id)
+                elif self._is_shedding:
+                    self._refuse(request.submit.sequence_id, "memory runs short")
+                    outbox.ready.set()
                 else:
                     self._submit(request.SerializeToString())
             elif kind == "cancel" and self._owner.get(request.cancel) is outbox:

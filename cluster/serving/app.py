@@ -16,7 +16,7 @@ from moestro.cluster.serving.directory_service import DirectoryService
 from moestro.cluster.serving.gateway_service import GatewayService
 from moestro.cluster.serving.group_service import GroupService
 from moestro.cluster.serving.plan import Plan
-from moestro.cluster.serving.specs import group_resources
+from moestro.cluster.serving.specs import SHARED_CPUS, group_resources
 
 APP_NAME = "moestro"
 
@@ -36,7 +36,7 @@ def build_app(plan: Plan, *, groups_surge: bool = True) -> serve.Application:
     cluster, drain_s = config.cluster, config.server.drain_s
     # Serve would draw a random version each time, and so replace every replica even when only their number changes.
     rolling = {"version": str(plan.generation), "_internal": True, "max_surge_percent": SURGE_PERCENT}
-    light = {"num_cpus": 0}
+    light = {"num_cpus": SHARED_CPUS}
     lifecycle = {
         "health_check_period_s": HEALTH_CHECK_S,
         "graceful_shutdown_wait_loop_s": 0.1,

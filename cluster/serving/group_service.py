@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import ray
@@ -62,7 +63,8 @@ class GroupService:
         await self._supervisor.stop()
 
     async def _launch(self, seat: int, worker: int, held: Held | None, gently: bool) -> RankHandle:
-        actor = self._actors.pop(worker, None) or self._actor(seat, worker)
+        # In a thread: where Ray's head is away a named actor waits for it.
+        actor = self._actors.pop(worker, None) or await asyncio.to_thread(self._actor, seat, worker)
         tp = self._config.cluster.tp
         place = RankPlace(
             self._entry.name, seat, worker, tp, self._store_address, self._host, self._secret, held, gently

@@ -106,8 +106,7 @@ class RankHandle:
         with contextlib.suppress(OSError):  # it has ended
             if self._pidfd >= 0:
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        with contextlib.suppress(Exception):  # Ray may know already
-            ray.kill(self._actor)
+        self._forget_actor()
 
     def _on_end(self) -> None:
         asyncio.get_running_loop().remove_reader(self._pidfd)
@@ -115,5 +114,13 @@ class RankHandle:
         self._pidfd = -1
         if not self._ended.done():
             self._ended.set_result("its process has ended")
-        with contextlib.suppress(Exception):  # nothing of it may start again
-            ray.kill(self._actor)
+        self._forget_actor()
+
+    def _forget_actor(self) -> None:
+        """In a thread: where Ray's head is away it waits for it. Ray may know already."""
+
+        def kill() -> None:
+            with contextlib.suppress(Exception):
+                ray.kill(self._actor)
+
+        asyncio.get_running_loop().run_in_executor(None, kill)

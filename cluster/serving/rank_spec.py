@@ -33,6 +33,7 @@ def rank_spec(config: Config) -> RankSpec:
         max_num_tokens=scheduler.max_num_tokens,
         max_context=scheduler.max_context,
         max_waiting=scheduler.max_waiting,
+        watchdog_s=config.recovery.watchdog_s,
         experts=ExpertsSpec(
             redundant=experts.redundant,
             placement_file=str(Path(experts.placement).resolve()) if experts.placement else "",

@@ -14,7 +14,7 @@ import ray
 from ray import serve
 
 from moestro.cluster.config import Config, load_config
-from moestro.cluster.directory import GroupEntry
+from moestro.cluster.directory import GroupEntry, Snapshot
 from moestro.cluster.serving.app import APP_NAME
 from moestro.cluster.serving.launch import ASK_S, StartFailed, applications, deploy, quiet_ray, wait_until_running
 from moestro.cluster.serving.plan import Plan
@@ -43,9 +43,15 @@ class RunningCluster:
         return self._change(self.plan.updated(load_config(file, {}, base=self.plan.config)), on_progress)
 
     def _change(self, plan: Plan, on_progress: Progress) -> Config:
+        on_progress(self._groups())
         deploy(plan, groups_surge=has_room(group_resources(plan.config, plan.gpus_per_rank), ray.available_resources()))
         wait_until_running(plan.config, self.directory, on_progress)
+        on_progress(self._groups())
         return plan.config
+
+    def _groups(self) -> tuple[GroupEntry, ...]:
+        snapshot: Snapshot = self.directory.watch.remote(-1).result(timeout_s=ASK_S)
+        return snapshot.groups
 
 
 @contextmanager

@@ -50,9 +50,9 @@ class CpuBackend:
             return make_cpu_linear(weight_OI, bias_O)
         return self.plain.make_linear(weight_OI, bias_O)
 
-    def make_experts(self, shape: ExpertShape, fills: Sequence[Fill | None]) -> GroupedExperts:
+    def make_experts(self, shape: ExpertShape, fills: Sequence[Fill | None], room: int = 0) -> GroupedExperts:
         if _ours(shape.dtype, shape.device):
-            return make_cpu_experts(shape, fills)
+            return make_cpu_experts(shape, fills, room)
         return self.plain.make_experts(shape, fills)
 
     def make_attention(self, shape: AttentionShape, norm: HeadNorm | None) -> PagedAttention[Any]:

@@ -34,7 +34,7 @@ class CudaBackend:
     def make_linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> Linear:
         return CudaLinear(weight_OI.contiguous(), bias_O)
 
-    def make_experts(self, shape: ExpertShape, fills: Sequence[Fill | None]) -> GroupedExperts:
+    def make_experts(self, shape: ExpertShape, fills: Sequence[Fill | None], room: int = 0) -> GroupedExperts:
         return make_cuda_experts(shape, fills)
 
     def make_attention(self, shape: AttentionShape, norm: HeadNorm | None) -> CudaAttention:

@@ -28,6 +28,7 @@ def options_of(command: str) -> set[str]:
 def test_commands_and_options_are_these() -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     expected = {"serve", "generate", "chat", "status", "experts", "bench", "verify", "config", "version"}
+    expected |= {"scale", "update", "incidents"}
     assert set(commands) == expected
     assert options_of("serve") == SERVE_OPTIONS
     assert options_of("generate") == GENERATE_OPTIONS

@@ -119,7 +119,7 @@ def test_who_is_lost_and_not_replaced_is_forgotten_in_the_end() -> None:
     group = directory.begin(1, 1, 0.0)
     directory.expire(EXPIRY_S + 1)
     directory.expire(FORGET_S)
-    assert directory.snapshot().groups[0].is_lost
+    assert directory.snapshot().groups[0].is_silent
     directory.expire(FORGET_S + 1)
     assert directory.snapshot().groups == ()
     assert directory.begin(1, 1, FORGET_S + 2).epoch == group.epoch + 1
@@ -168,3 +168,48 @@ def test_nothing_known_is_dropped_before_it_is_settled() -> None:
     assert unsettled.over([old, silent]) == (newer, silent, unknown)
     assert Snapshot(1, (old,), (), settled=False).over([newer]) == (newer,)
     assert Snapshot(2, (newer,), (), settled=True).over([old, silent]) == (newer,)
+
+
+def test_a_silent_group_gives_up_its_name_but_keeps_who_is_attached() -> None:
+    directory = Directory()
+    silent = serving(directory.begin(1, 1, 0.0))
+    directory.put(silent, 1.0)
+    directory.expire(2.0 + EXPIRY_S)
+    (group,) = directory.snapshot().groups
+    assert (group.is_silent, group.is_lost, group.is_serving) == (True, True, True)
+    again = directory.begin(1, 1, 20.0)
+    assert (again.name, again.epoch, again.is_silent) == (silent.name, silent.epoch + 1, False)
+    assert not directory.put(silent, 21.0)
+
+
+def test_one_that_was_cut_off_blames_nobody_and_asks_again() -> None:
+    directory = Directory()
+    groups = [serving(directory.begin(1, 1, 0.0)) for _ in range(2)]
+    for group in groups:
+        directory.put(group, 1.0)
+    directory.put_gateway(GatewayEntry("g", "localhost:1"), 1.0)
+    for now_s in (1.5, 2.0, 2.5):
+        directory.hear(now_s)
+    assert directory.settled
+    directory.hear(100.0)
+    directory.expire(100.0)
+    snapshot = directory.snapshot()
+    assert (snapshot.settled, snapshot.groups, len(snapshot.gateways)) == (False, tuple(groups), 1)
+    directory.put(groups[0], 100.5)
+    assert not directory.settled
+    directory.put(groups[1], 100.6)
+    assert directory.settled
+    directory.expire(100.7 + EXPIRY_S)  # now it is their silence
+    assert [group.is_silent for group in directory.snapshot().groups] == [True, True]
+    assert directory.snapshot().gateways == ()
+
+
+def test_one_that_was_cut_off_settles_without_those_who_stay_silent() -> None:
+    directory = Directory()
+    directory.put(serving(directory.begin(1, 1, 0.0)), 1.0)
+    directory.hear(100.0)
+    directory.hear(102.0)
+    directory.hear(104.0)
+    directory.expire(100.1 + SETTLE_S)
+    assert directory.settled
+    assert directory.snapshot().groups[0].is_silent

@@ -17,7 +17,9 @@ from tests.cluster.servers import free_port
 
 from moestro.cluster.client_results import ClusterStatus, GroupExperts, GroupStatus, RankStatus
 from moestro.cluster.config import ClusterConfig, Config, ModelConfig, ServerConfig
+from moestro.cluster.directory import GroupEntry, RankEntry, RankState
 from moestro.cluster.gateway import Gateway, metrics_ports
+from moestro.cluster.membership_records import RecoveryTotals
 from moestro.cluster.metrics.series import EXTREMES, OUTCOMES, EdgeObserved, Observed, extremes, series
 from moestro.cluster.metrics.server import MetricsServer
 from moestro.protos.errors import ConfigError
@@ -34,6 +36,10 @@ EDGE = EdgeObserved(
     queue_counts=(10, 14, 15),
     queue_total_s=4.5,
     cut_off=1,
+    parked=5,
+    engine_losses=7,
+    resumed=3,
+    quarantined=2,
 )
 
 
@@ -77,7 +83,7 @@ def test_the_number_of_series_does_not_grow_with_experts() -> None:
     counts = {num: len(samples_of(exposed(observed(report_of(num, 4, 5))))) for num in (8, 64, 512)}
     assert len(set(counts.values())) == 1, counts
     num_layers, num_ranks = 5, 4
-    edge = 4 + len(EDGE.refused) + len(EDGE.queue_counts) + 2
+    edge = 8 + len(EDGE.refused) + len(EDGE.queue_counts) + 2
     status, group, per_rank, per_layer = 2, 2 * 7 + 2 + 5 + len(OUTCOMES), 4, 2 * EXTREMES + 2
     assert counts[8] <= status + edge + group + per_rank * num_ranks + per_layer * num_layers
 
@@ -95,6 +101,10 @@ def test_values_are_those_of_the_report() -> None:
     assert value(samples, "moestro_queue_seconds_count") == 15
     assert value(samples, "moestro_queue_seconds_sum") == 4.5
     assert value(samples, "moestro_cut_off_streams_total") == 1
+    assert value(samples, "moestro_parked_streams") == 5
+    assert value(samples, "moestro_lost_runs_total") == 7
+    assert value(samples, "moestro_resumed_streams_total") == 3
+    assert value(samples, "moestro_quarantined_requests_total") == 2
     assert value(samples, "moestro_expert_load", group="g0", layer=2, expert=1, kind="top") == max(layer.load)
     assert value(samples, "moestro_expert_load", group="g0", layer=2, expert=0, kind="bottom") == min(layer.load)
     assert value(samples, "moestro_layer_balancedness", group="g0", layer=2) == layer.balancedness
@@ -126,6 +136,21 @@ def test_a_group_that_does_not_serve_says_so_and_a_dense_one_has_no_layers() -> 
     names = {name for name, _ in samples}
     assert "moestro_layer_balancedness" not in names
     assert value(samples, "moestro_rank_slowest_ratio", group="g1", rank=0) == 0
+
+
+def test_losses_and_recoveries_are_counted() -> None:
+    totals = RecoveryTotals(losses=2, silent_s=0.25, recoveries=1, recovery_s=0.5, restorations=1, restoration_s=8.0)
+    ranks = (RankEntry(0, 0, RankState.SERVING), RankEntry(1, 0, RankState.LOST))
+    seen = replace(observed(), groups=(GroupEntry("g0", 2, 1, 7, ranks, recovery=totals),))
+    samples = samples_of(exposed(seen))
+    assert value(samples, "moestro_group_epoch", group="g0") == 7
+    assert value(samples, "moestro_group_serving_ranks", group="g0") == 1
+    assert value(samples, "moestro_group_lost_ranks_total", group="g0") == 2
+    assert value(samples, "moestro_group_lost_ranks_silence_seconds_total", group="g0") == 0.25
+    assert value(samples, "moestro_group_recoveries_total", group="g0") == 1
+    assert value(samples, "moestro_group_recovery_seconds_total", group="g0") == 0.5
+    assert value(samples, "moestro_group_restorations_total", group="g0") == 1
+    assert value(samples, "moestro_group_restoration_seconds_total", group="g0") == 8.0
 
 
 def test_extremes_are_the_extremes() -> None:

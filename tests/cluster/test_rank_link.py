@@ -150,6 +150,28 @@ def test_a_gateway_that_leaves_takes_its_sequences_with_it() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("attaches", [True, False])
+def test_nothing_of_a_link_to_a_lost_rank_is_left(attaches: bool) -> None:
+    """Found by the chaos harness: a task and a channel for each rank that was lost, or that refused the gateway."""
+
+    async def scenario() -> None:
+        before = asyncio.all_tasks()
+        lost: list[RankLink] = []
+        async with serving() as (_, address, server):
+            link = RankLink(address, "gw", "s3cret" if attaches else "wrong", 2, lost.append)
+            if attaches:
+                await link.connect()
+                await server.stop(0)
+                await until(lambda: lost == [link])
+            else:
+                with pytest.raises(Unavailable):
+                    await link.connect()
+                await link.close()
+        await until(lambda: asyncio.all_tasks() == before)
+
+    asyncio.run(scenario())
+
+
 def test_a_lost_rank_fails_its_streams_and_says_so_once() -> None:
     async def scenario() -> None:
         lost: list[RankLink] = []

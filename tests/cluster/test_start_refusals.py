@@ -133,3 +133,16 @@ def test_the_reason_in_a_report() -> None:
     assert reason_in("a\nValueError: odd\n  b") == "ValueError: odd"
     assert reason_in("no\n\ntraceback here\n\n") == "traceback here"
     assert reason_in("") == "no reason given"
+
+
+@pytest.mark.parametrize(
+    ("raised", "reason"),
+    [
+        ("CheckpointError: no tensor x", "no tensor x"),
+        ("TypeError: an oversight", "TypeError: an oversight"),
+        ("the others wait for it in epoch 1", "the others wait for it in epoch 1"),
+    ],
+)
+def test_the_reason_of_a_group_that_did_not_come_up(raised: str, reason: str) -> None:
+    report = f"Traceback:\n  more\nmoestro.cluster.supervisor.GroupFailed: {raised}\nRayTaskError: above"
+    assert reason_in(report) == reason

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from rich.text import Text
 
-from moestro.cluster.cli.serve import changes, ready_line
+from moestro.cluster.cli.changes import changes
+from moestro.cluster.cli.serve import ready_line
 from moestro.cluster.config import load_config
 from moestro.cluster.delta_streams import DeltaStreams
 from moestro.cluster.directory import GroupEntry, RankEntry, RankState
@@ -156,11 +157,27 @@ def test_what_an_operator_is_told() -> None:
     text = Text.from_markup(ready_line(config, ["[::1]:7", "b:8"], "127.0.0.1:8265")).plain
     assert text.startswith("ready  [red]x on [::1]:7, b:8, 2 groups of dp 1 x tp 1\n")
     assert 'Client("[::1]:7")' in text
-    up = GroupEntry("g", 1, 1, 1, (RankEntry(0, 0, RankState.SERVING),))
-    lost = GroupEntry("g", 1, 1, 1, (RankEntry(0, 0, RankState.LOST),))
-    again = GroupEntry("g", 1, 1, 2, up.ranks)
-    assert changes([up], [up]) == []
-    assert changes([up], [lost]) == ["g is lost; Ray Serve starts it again"]
-    assert changes([up], []) == ["g is lost; Ray Serve starts it again"]
-    assert changes([lost], [again]) == ["g serves, epoch 2"]
-    assert changes([up], [again]) == ["g serves, epoch 2"]
+
+
+def group_of(*states: RankState, epoch: int = 1) -> GroupEntry:
+    return GroupEntry("g", len(states), 1, epoch, tuple(RankEntry(i, 0, state) for i, state in enumerate(states)))
+
+
+def test_an_operator_hears_of_what_comes_and_goes() -> None:
+    up, lost, draining = RankState.SERVING, RankState.LOST, RankState.DRAINING
+    cases = [
+        (group_of(up), group_of(up), []),
+        (group_of(up), group_of(lost), ["g is lost; Ray Serve starts it again"]),
+        (group_of(lost), group_of(up, epoch=2), ["g serves, epoch 2"]),
+        (group_of(up), group_of(up, epoch=2), ["g serves, epoch 2"]),
+        (group_of(up, up), group_of(up, lost), ["g: 1 of 2 ranks serve"]),
+        (group_of(up, lost), group_of(up, lost, epoch=2), []),
+        (group_of(up, RankState.STARTING), group_of(up, up, epoch=3), ["g: all 2 ranks serve again, epoch 3"]),
+        (group_of(up, up), group_of(draining, draining), []),
+    ]
+    for before, after, lines in cases:
+        assert changes([before], [after]) == lines
+    assert changes([group_of(up)], []) == ["g has left"]
+    assert changes([group_of(draining)], []) == ["g has left"]
+    assert changes([group_of(lost)], []) == []
+    assert changes([], [group_of(up)]) == ["g serves, epoch 1"]

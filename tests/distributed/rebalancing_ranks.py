@@ -23,6 +23,7 @@ from moestro.router.random_placement import random_placement
 from moestro.router.rebalance.config import Config
 from moestro.router.transports.choose import TransportKind
 from moestro.workers.checkpoint import open_checkpoint
+from moestro.workers.epoch import Epoch
 from moestro.workers.full_group import BuiltRank, GroupPlace, build_rank
 from moestro.workers.loading import open_source
 from moestro.workers.model.decoder import Decoder
@@ -59,6 +60,7 @@ class Server:
         self._ended: dict[str, threading.Event] = {}
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
+        self.epoch = self._await_epoch()
 
     def _run(self) -> None:
         try:
@@ -89,8 +91,9 @@ class Server:
             self.store.set(what, b"")
         self.store.wait([what])
 
-    def await_epoch(self) -> Any:
+    def _await_epoch(self) -> Epoch:
         while (epoch := self.loop._epoch) is None:
+            assert self.failure is None, self.failure
             time.sleep(0.01)
         return epoch
 
@@ -209,8 +212,7 @@ def killed_while_moving(
 def fail_to_load(rank: int, world_size: int, address: StoreAddress, model: str) -> dict[str, Any]:
     """The checkpoint can no longer be read on one rank: the move ends, all go on serving, and a later one succeeds."""
     server = Server(rank, world_size, address, model, ExpertsSpec(rebalance=OFF))
-    server.all_here("formed")
-    experts: Any = server.await_epoch().experts
+    experts: Any = server.epoch.experts
     readable = experts._open_source
     if rank == 1:
 

@@ -8,6 +8,7 @@ import time
 import pytest
 from tests.distributed.processes import run_processes
 
+from moestro.router.collectives import GroupBroken
 from moestro.workers.lockstep import SoloLockstep
 
 RANKS = "tests.distributed.lockstep_ranks"
@@ -66,3 +67,14 @@ def test_a_rank_alone_sleeps_wakes_and_stops() -> None:
     lockstep.sleep()
     assert time.monotonic() - started >= 0.09
     assert lockstep.agree(0).stop
+
+
+def test_a_rank_alone_is_called_away_from_work_and_from_sleep() -> None:
+    """Found by the chaos harness: the last rank of a group, busy, never came to the view that was to grow again."""
+    lockstep = SoloLockstep()
+    assert not lockstep.agree(4).idle
+    lockstep.close()
+    with pytest.raises(GroupBroken):
+        lockstep.begin([b"a"], 2.5)
+    with pytest.raises(GroupBroken):
+        lockstep.sleep()

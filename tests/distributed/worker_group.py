@@ -11,12 +11,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from tests.distributed.worker_process import Start, serve
 
+from moestro.protos.sequences import EngineLoad
 from moestro.router.mesh import serve_store
 from moestro.workers.rank_setup import RankSpec
 from moestro.workers.worker_state import WorkerPhase, WorkerState
@@ -44,6 +45,7 @@ class Handle:
         self.seat, self.worker = start.seat, start.worker
         self.states: list[tuple[WorkerState, float]] = []
         self.checked: list[Any] = []
+        self.load = EngineLoad()
         self._group = group
         self._pipe, theirs = _CONTEXT.Pipe()
         self.process = _CONTEXT.Process(target=serve, args=(theirs, start), daemon=True)
@@ -60,7 +62,8 @@ class Handle:
 
     def signal(self, number: int) -> float:
         assert self.process.pid is not None
-        os.kill(self.process.pid, number)
+        with suppress(ProcessLookupError):  # its end was before
+            os.kill(self.process.pid, number)
         return time.monotonic()
 
     def _listen(self) -> None:
@@ -73,6 +76,8 @@ class Handle:
                 match what:
                     case ("state", state, at):
                         self.states.append((state, at))
+                    case ("load", load):
+                        self.load = load
                     case ("delta", delta, at):
                         self._group.heard(delta, at)
                     case ("lost", name, _):
@@ -125,11 +130,14 @@ class WorkerGroup(AbstractContextManager["WorkerGroup"]):
         """When the last member came to serve in this epoch."""
         return max(self.await_phase(handle, WorkerPhase.SERVING) for handle in self.seats.values())
 
-    def await_phase(self, handle: Handle, phase: WorkerPhase) -> float:
-        def reached() -> list[float]:
-            return [at for state, at in handle.states if state.phase is phase and state.epoch == self.epoch]
+    def await_phase(self, handle: Handle, phase: WorkerPhase, epoch: int | None = None) -> float:
+        """When the worker came to this phase of this epoch, by default the group's."""
+        wanted = self.epoch if epoch is None else epoch
 
-        self.wait_for(lambda: bool(reached()), f"worker {handle.worker} is not {phase.value}")
+        def reached() -> list[float]:
+            return [at for state, at in handle.states if state.phase is phase and state.epoch == wanted]
+
+        self.wait_for(lambda: bool(reached()), f"worker {handle.worker} is not {phase.value} in epoch {wanted}")
         return reached()[0]
 
     def await_ready(self, handle: Handle) -> None:
@@ -139,8 +147,10 @@ class WorkerGroup(AbstractContextManager["WorkerGroup"]):
 
     def wait_for(self, holds: Callable[[], bool], what: str) -> None:
         with self.changed:
-            told = [(handle.seat, handle.worker, handle.state) for handle in self._all]
-            assert self.changed.wait_for(holds, WAIT_S), f"{what}; {told}"
+            if not self.changed.wait_for(holds, WAIT_S):
+                states = [(handle.seat, handle.worker, handle.state) for handle in self._all]
+                come = {name: len(stream.tokens) for name, stream in self.streams.items() if not stream.is_done}
+                raise AssertionError(f"{what}; tokens {come}; {states}")
 
     def submit(
         self, name: str, seat: int, prompt: Sequence[int], sampling: dict[str, Any], output: Sequence[int] = ()

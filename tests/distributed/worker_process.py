@@ -38,8 +38,8 @@ class Start:
 
 
 def serve(pipe: Connection, start: Start) -> None:
-    """Says ("state", ...), ("delta", ...), ("lost", ...) and ("checked", ...); hears ("form", ...), ("submit", ...),
-    ("cancel", id), ("check",) and ("stop",)."""
+    """Says ("state", ...), ("load", ...), ("delta", ...), ("lost", ...) and ("checked", ...); hears ("form", ...),
+    ("submit", ...), ("cancel", id), ("check",), ("part",) and ("stop",): to "part" is to go a way of its own."""
     torch.set_num_threads(1)
     if not start.boards:
         build.load = _no_boards  # type: ignore[assignment]
@@ -57,6 +57,7 @@ def serve(pipe: Connection, start: Start) -> None:
         assert not output.refusals, output.refusals
         if not leads:  # a peer says what its leader says
             return
+        say("load", output.load)
         for delta in output.deltas:
             say("delta", delta, time.monotonic())
         for name, reason in output.lost:
@@ -75,6 +76,8 @@ def serve(pipe: Connection, start: Start) -> None:
                 worker.submit(pb.AttachRequest(submit=wire.encode_request(request)).SerializeToString())
             case ("cancel", name):
                 worker.submit(pb.AttachRequest(cancel=name).SerializeToString())
+            case ("part",):
+                worker._account.messages += 1
             case ("check",):
                 say("checked", _problems(worker), worker.holdings(), worker.state)
             case ("stop",):

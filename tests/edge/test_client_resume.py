@@ -92,13 +92,12 @@ def test_the_only_gateway_stops_and_comes_back() -> None:
     async def test() -> None:
         server = await serve(0)
         async with AsyncClient(f"127.0.0.1:{server.port}") as client:
-            asked = asyncio.ensure_future(client.generate("abc", max_tokens=100, request_id="mine"))
-            await asyncio.sleep(0.2)
+            events = client.stream("abc", max_tokens=100, request_id="mine")
+            begun = [await anext(events), await anext(events)]
             await server.stop(0)
-            assert not asked.done()
             await asyncio.sleep(0.3)
             server = await serve(server.port)
-            got = await asked
+            got = gather([*begun, *[event async for event in events]])
             assert got.usage.output_tokens == 100
             assert (await client.generate("abc", max_tokens=100, request_id="mine")).choices == got.choices
             await server.stop(0)
@@ -113,9 +112,13 @@ class Severed:
         self._port = port
         self._writers: list[asyncio.StreamWriter] = []
 
-    async def start(self) -> int:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+    async def start(self, port: int = 0) -> int:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", port)
         return int(self._server.sockets[0].getsockname()[1])
+
+    def stop(self) -> None:
+        self.cut()
+        self._server.close()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, here = await asyncio.open_connection("127.0.0.1", self._port)
@@ -158,6 +161,30 @@ def test_a_connection_is_cut_again_and_again_and_the_server_has_not_noticed() ->
             got = gather(events)
             assert [choice.text for choice in got.choices] == [choice.text for choice in whole.choices]
             assert [list(choice.token_ids) for choice in got.choices] == [list(c.token_ids) for c in whole.choices]
+
+    run(test())
+
+
+def test_a_call_that_was_cut_off_before_its_first_token_is_not_given_up_soon() -> None:
+    """Its gateway was there, so it will be again; one that never was is given up after ``retries``."""
+
+    async def test() -> None:
+        async with rig(StubBackend(LIMITS, step_s=0.3)) as it:
+            proxy = Severed(it.port)
+            port = await proxy.start()
+            async with AsyncClient(f"127.0.0.1:{port}", retries=0) as client:
+                asked = asyncio.ensure_future(client.generate("abc", max_tokens=2))
+                await asyncio.sleep(0.15)
+                assert it.backend.num_started == 1
+                proxy.stop()
+                await asyncio.sleep(0.8)
+                assert not asked.done()
+                await proxy.start(port)
+                assert (await asked).usage.output_tokens == 2
+            proxy.stop()
+            async with AsyncClient(f"127.0.0.1:{port}", retries=0) as client:
+                with pytest.raises(Unavailable):
+                    await client.generate("abc")
 
     run(test())
 

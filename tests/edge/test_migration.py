@@ -195,7 +195,9 @@ def test_a_request_that_killed_two_engines_is_not_tried_a_third_time(position: i
             said = await refused(it.generate(ask("bad", request_id="mine")))
             assert (said.code, said.reason, said.request_id) == (grpc.StatusCode.INTERNAL, "QUARANTINED", "mine")
             assert it.backend.num_deaths == 2
-            (incident,) = it.core.incidents.latest()
+            recovery = it.core.recovery
+            assert (recovery.num_losses, recovery.num_quarantined) == (2, 1)
+            (incident,) = recovery.incidents.latest()
             assert incident.name in said.message
             assert (incident.request_id, incident.num_prompt_tokens) == ("mine", 3)
             assert incident.num_output_tokens == (position,)

@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import grpc
-from benchmarks.paced_rank import SECRET, Pace, PacedRank, config
+from benchmarks.paced_gateway import paced_gateway
+from benchmarks.paced_rank import Pace, PacedRank, config
 from tests.edge.fakes import served
 from tests.edge.serving import run
 from tests.edge.stalled_client import StalledClient
@@ -17,8 +18,6 @@ from tests.edge.stalled_client import StalledClient
 from moestro.cluster.edge.core import RequestCore
 from moestro.cluster.edge.grpc_server import GrpcOptions, GrpcServer
 from moestro.cluster.edge.slow_consumers import LOOK_S
-from moestro.cluster.edge.stub import StubCluster
-from moestro.cluster.ranks.backend import ClusterBackend
 from moestro.protos.gen import inference_pb2 as pb
 from moestro.protos.gen import inference_pb2_grpc as pb_grpc
 
@@ -39,25 +38,15 @@ class Rig:
 async def rig(**limits: float) -> AsyncIterator[Rig]:
     """A gateway before one fast rank. At the end nothing may be open."""
     rank = PacedRank(config(seats=8, max_context=4096), Pace(step_s=0.002, token_s=0.0))
-    async with rank.serving() as group:
-        backend = ClusterBackend("gw", SECRET)
-        backend.update([group])
-        await backend.wait_attached()
-        core = RequestCore([replace(served(), backend=backend)])
-        options = GrpcOptions(host="127.0.0.1", port=0, **limits)  # type: ignore[arg-type]
-        server = GrpcServer(core, StubCluster(), "test", options)
-        port = await server.start()
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            it = Rig(rank, core, server, pb_grpc.InferenceServiceStub(channel))
-            try:
-                yield it
-                await until(lambda: not it.core.num_open and not it.rank.scheduler.has_work)
-                it.rank.scheduler.check_integrity()
-                assert it.rank.scheduler.load().kv_blocks_used == 0
-                assert it.core.permits["fake"].num_open == 0
-            finally:
-                await server.stop(0)
-                await backend.close()
+    options = GrpcOptions(**limits)  # type: ignore[arg-type]
+    async with rank.serving() as group, paced_gateway(group, served(), options=options) as gateway:
+        core = gateway.core
+        async with grpc.aio.insecure_channel(gateway.address) as channel:
+            yield Rig(rank, core, gateway.server, pb_grpc.InferenceServiceStub(channel))
+            await until(lambda: not core.num_open and not rank.scheduler.has_work)
+            rank.scheduler.check_integrity()
+            assert rank.scheduler.load().kv_blocks_used == 0
+            assert core.permits["fake"].num_open == 0
 
 
 async def until(condition: Callable[[], bool]) -> None:

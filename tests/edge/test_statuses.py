@@ -15,7 +15,9 @@ from moestro.protos.errors import (
     InvalidRequest,
     MoestroError,
     Overloaded,
+    Quarantined,
     SequenceFailed,
+    Superseded,
     Unavailable,
     UnknownModel,
 )
@@ -36,6 +38,8 @@ VIOLATIONS = [
         (Overloaded("full", 2.5), grpc.StatusCode.RESOURCE_EXHAUSTED),
         (Unavailable("gone", 0.25), grpc.StatusCode.UNAVAILABLE),
         (SequenceFailed("choice 0 failed"), grpc.StatusCode.INTERNAL),
+        (Quarantined("2 ranks died", "incident-1"), grpc.StatusCode.INTERNAL),
+        (Superseded("resumed"), grpc.StatusCode.ABORTED),
         (TimeoutError("too late"), grpc.StatusCode.DEADLINE_EXCEEDED),
     ],
     ids=lambda value: type(value).__name__,

@@ -231,3 +231,37 @@ def test_the_activation_of_very_large_gates():
     x_RD[0, 0] = 1
     y_RD = make_cpu_experts(shape, [lambda a, b: (a.zero_(), fill(a, b))]).apply(x_RD, torch.tensor([1]))
     assert torch.equal(y_RD[0], gates.clamp(min=0))
+
+
+def test_slots_that_come_and_go_leave_no_memory_behind():
+    weights = Weights(6, 256, 256, seed=5)
+    x_RD = random(6, 256, seed=9)
+    wanted = [make_cpu_experts(weights.shape, [weights.fill(e)]).apply(x_RD, torch.tensor([6])) for e in range(6)]
+    experts = make_cpu_experts(weights.shape, [weights.fill(e) for e in range(4)], room=6)
+    staged = [experts.stage(weights.fill(e)) for e in (4, 5)]
+
+    def round_trip(experts):
+        """To six slots and back to four, of which two have changed places."""
+        experts = experts.with_slots([0, 1, 2, 3, None, None])
+        experts.replace_(4, staged[0])
+        experts.replace_(5, staged[1])
+        for slot in range(6):
+            counts_L = torch.zeros(6, dtype=torch.int64)
+            counts_L[slot] = 6
+            assert torch.equal(experts.apply(x_RD, counts_L), wanted[slot])
+        experts = experts.with_slots([5, 1, 0, None])
+        for slot, expert in enumerate((5, 1, 0)):
+            counts_L = torch.tensor([6 * (slot == i) for i in range(4)])
+            assert torch.equal(experts.apply(x_RD, counts_L), wanted[expert])
+        experts = experts.with_slots([2, 1, None, None])
+        for slot, expert in ((2, 2), (3, 3)):
+            experts.replace_(slot, experts.stage(weights.fill(expert)))
+        return experts
+
+    experts = round_trip(experts)
+    before = psutil.Process().memory_info().rss
+    for _ in range(50):
+        experts = round_trip(experts)
+    assert psutil.Process().memory_info().rss - before < 20 * 2**20
+    with pytest.raises(ValueError, match="7 slots, but there is room for 6"):
+        experts.with_slots([None] * 7)

@@ -68,6 +68,27 @@ def test_an_expert_is_replaced_and_padding_stays_apart(device, dtype):
     assert torch.equal(got_RD[:6], fresh.apply(x_RD[:6], counts_L))
 
 
+def test_slots_come_and_go(device, dtype):
+    generator = torch.Generator().manual_seed(5)
+    gate_up_L2ID = (torch.randn(3, 2 * WIDTH, MODEL_WIDTH, generator=generator) * 0.2).to(device, dtype)
+    down_LDI = (torch.randn(3, MODEL_WIDTH, WIDTH, generator=generator) * 0.2).to(device, dtype)
+
+    def fill(e, gate_up_2ID, down_DI):
+        gate_up_2ID.copy_(gate_up_L2ID[e])
+        down_DI.copy_(down_LDI[e])
+
+    shape = ExpertShape(WIDTH, MODEL_WIDTH, dtype, device)
+    whole = make_experts(shape, [partial(fill, e) for e in range(3)])
+    x_RD = torch.randn(9, MODEL_WIDTH, generator=generator).to(device, dtype)
+    wanted_RD = whole.apply(x_RD, torch.tensor([3, 3, 3], device=device))
+    fewer = whole.with_slots([2, 0])
+    counts_L = torch.tensor([3, 3], device=device)
+    assert torch.equal(fewer.apply(x_RD[[6, 7, 8, 0, 1, 2]], counts_L), wanted_RD[[6, 7, 8, 0, 1, 2]])
+    again = fewer.with_slots([1, None, 0])
+    again.replace_(1, again.stage(partial(fill, 1)))
+    assert torch.equal(again.apply(x_RD, torch.tensor([3, 3, 3], device=device)), wanted_RD)
+
+
 def make(device, dtype, width=40, model_width=24):
     generator = torch.Generator().manual_seed(5)
 

@@ -39,6 +39,8 @@ PURE = (
     "cluster/edge/history.py",
     "cluster/edge/incidents.py",
     "cluster/edge/journal.py",
+    "cluster/memory.py",
+    "cluster/ranks/capacity.py",
     "cluster/edge/admission.py",
     "cluster/edge/estimates.py",
     "cluster/edge/fair_queue.py",

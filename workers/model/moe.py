@@ -269,6 +269,7 @@ def build_moe(
     experts = source.backend.make_experts(
         ExpertShape(spec.width, hidden_size, source.dtype, source.device),
         [None if expert == EMPTY else expert_fill(source, prefix, expert) for expert in held],
+        room=spec.gate.num_experts,
     )
     shared = None if spec.shared is None else build_shared_expert(spec.shared, hidden_size, prefix, source)
     return MoeMlp(gate, UnplacedMixture(ExpertBank(prefix, experts, held)), shared, tp)

@@ -11,17 +11,18 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from moestro.protos.experts import ExpertsReport, PlacementRequest
 from moestro.router.assign import lay_out
+from moestro.router.parallel import TensorParallel
 from moestro.router.placement import Placement, moves
-from moestro.router.rebalance.messages import Drop, Intent, Observation, Solve, StartLoad, StartSolve, Switch
+from moestro.router.rebalance.messages import Drop, Intent, Solve, StartLoad, StartSolve, Switch
 from moestro.router.rebalance.rebalancer import Rebalancer
-from moestro.router.stragglers import Stragglers
+from moestro.router.stragglers import Stragglers, Work
 from moestro.workers.lockstep import NOTHING, Lockstep, Note, StepAgreement
 from moestro.workers.model.moe import ExpertBank
 from moestro.workers.rebalancing.background import Background
@@ -59,7 +60,7 @@ class GroupExperts:
         open_source: OpenSource,
         reporter: Reporter,
         window_s: float,
-        tp: int = 1,
+        tp: TensorParallel,
     ) -> None:
         """``banks`` by decoder layer; at least one. ``solve`` is the same pure function on every rank."""
         self._banks = tuple(banks.values())
@@ -71,9 +72,9 @@ class GroupExperts:
         self._open_source = open_source
         self._reporter = reporter
         self._observe_every_s = min(OBSERVE_S, window_s / OBSERVATIONS)
-        self._observer = Observer(self._banks, lockstep)
+        self._observer = Observer(self._banks, tp, lockstep)
         self._stragglers = Stragglers(len(self._banks[0].layout.placement.slots))
-        self._peers = slice(rank - rank % tp, rank - rank % tp + tp)
+        self._peers = slice(rank - tp.rank, rank - tp.rank + tp.size)
         self._background = Background(lockstep.wake)
         self._task: _Task | None = None
         self._observe_at_s = 0.0
@@ -113,9 +114,9 @@ class GroupExperts:
         if intents or any(note.command_bytes for note in agreement.notes):
             self._reporter.publish(self._rebalancer, now_s)
 
-    def stepped(self, seconds: float, num_tokens: int) -> None:
+    def stepped(self, seconds: float, num_tokens: int, kv_blocks: int) -> None:
         """After a step that computed something, on this rank or on others."""
-        self._wait_ns = self._observer.stepped(seconds, num_tokens)
+        self._wait_ns = self._observer.stepped(seconds, num_tokens, kv_blocks)
         self._has_stepped = True
 
     def report(self) -> ExpertsReport:
@@ -140,17 +141,17 @@ class GroupExperts:
 
     def _observe(self, now_s: float) -> Iterable[Intent]:
         self._observe_at_s = now_s + self._observe_every_s
-        seen = self._observer.observe(now_s)
+        seen, works = self._observer.observe(now_s)
         self._reporter.saw(seen, self._placements, self._slowest_steps)
         self._slowest_steps = [0] * len(self._slowest_steps)
-        self._name_stragglers(seen)
-        intents = self._rebalancer.observe(seen)
+        self._name_stragglers(works)
+        intents = self._rebalancer.observe(seen, self._stragglers.slowness_R)
         self._reporter.publish(self._rebalancer, now_s)
         return intents
 
-    def _name_stragglers(self, seen: Observation) -> None:
+    def _name_stragglers(self, works: Sequence[Work]) -> None:
         before = self._stragglers.slowness_R
-        self._stragglers.observe(seen)
+        self._stragglers.observe(works)
         for rank, (was, now) in enumerate(zip(before, self._stragglers.slowness_R, strict=True)):
             if was == 1 < now:
                 log.warning("rank %d takes %.1f times as long as the others for the same work", rank, now)
@@ -218,7 +219,7 @@ class GroupExperts:
 
 
 def _solve(solve: Solve, intent: StartSolve, cancelled: threading.Event) -> tuple[Placement, ...]:
-    return solve(intent.loads_LE, intent.previous)
+    return solve(intent.loads_LE, intent.previous, intent.slowness)
 
 
 class NoExperts:
@@ -235,7 +236,7 @@ class NoExperts:
     def turn(self, agreement: StepAgreement) -> None:
         pass
 
-    def stepped(self, seconds: float, num_tokens: int) -> None:
+    def stepped(self, seconds: float, num_tokens: int, kv_blocks: int) -> None:
         pass
 
     def report(self) -> ExpertsReport:

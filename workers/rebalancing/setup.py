@@ -63,7 +63,6 @@ def group_experts(
     rank: int,
     node_of_rank: tuple[int, ...],
     open_source: OpenSource,
-    tp: int = 1,
 ) -> GroupExperts | NoExperts:
     """This rank's part in observing and moving the experts of its group."""
     banks = model.banks
@@ -76,11 +75,25 @@ def group_experts(
     ranks = Topology(node_of_rank)
     solve = partial(_solve, ranks, placements[0].capacity, model.config.num_expert_groups)
     return GroupExperts(
-        banks, lockstep, rank, node_of_rank, rebalancer, solve, open_source, reporter, spec.rebalance.window_s, tp
+        banks,
+        lockstep,
+        rank,
+        node_of_rank,
+        rebalancer,
+        solve,
+        open_source,
+        reporter,
+        spec.rebalance.window_s,
+        model.embedding.tp,
     )
 
 
 def _solve(
-    ranks: Topology, capacity: int, num_groups: int, loads_LE: Ints, previous: tuple[Placement, ...]
+    ranks: Topology,
+    capacity: int,
+    num_groups: int,
+    loads_LE: Ints,
+    previous: tuple[Placement, ...],
+    slowness: tuple[float, ...],
 ) -> tuple[Placement, ...]:
-    return balance(loads_LE, ranks, capacity, num_groups=num_groups, previous=previous)
+    return balance(loads_LE, ranks, capacity, num_groups=num_groups, previous=previous, slowness=slowness)
