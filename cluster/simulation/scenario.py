@@ -12,7 +12,6 @@ from moestro.protos.sequences import Diagnostics, SamplingParams
 from moestro.workers.sampling.seeds import derive_seed
 from moestro.workers.scheduler_config import CacheGroup, SchedulerConfig
 
-
 SHAPES = ((1, 2, 1), (1, 3, 1), (1, 3, 1), (1, 4, 1), (2, 2, 1), (2, 1, 1), (1, 2, 2), (1, 3, 2), (2, 1, 2))
 """Groups, data-parallel and tensor-parallel ranks of each."""
 
