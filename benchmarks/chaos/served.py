@@ -20,7 +20,7 @@ from benchmarks.chaos.ports import free_port
 from benchmarks.chaos.system import NotPossible, Role, Target
 
 ROOT = Path(__file__).resolve().parents[2]
-START_S, STOP_S = 120.0, 60.0
+START_S, STOP_S = 300.0, 60.0
 
 # What Ray titles the process of an actor, by role. Those of Serve's replicas have the deployment's name in them.
 _TITLES = {

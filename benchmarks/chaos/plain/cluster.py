@@ -29,7 +29,7 @@ from moestro.cluster.client import Client
 from moestro.cluster.config import Config
 from moestro.protos.errors import MoestroError
 
-START_S = 120.0
+START_S = 300.0
 _ROLES = {Role.GATEWAY: "gateway", Role.SUPERVISOR: "group", Role.DIRECTORY: "directory"}
 
 
