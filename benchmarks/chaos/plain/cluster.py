@@ -47,9 +47,8 @@ class Plain:
     def num_ranks(self) -> int:
         return self.shape.num_ranks
 
-    @property
-    def tp(self) -> int:
-        return self.shape.tp
+    def ranks_lost_with(self, role: Role) -> int:
+        return self.shape.ranks_lost_with(role)
 
     def processes(self) -> Sequence[psutil.Process]:
         found = []
