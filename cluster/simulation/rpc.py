@@ -87,7 +87,6 @@ class SimulatedServer:
     def __init__(self, sockets: Sockets, process: Process, address: str) -> None:
         self.process = process
         self.connections: dict[Connection, None] = {}
-        self.is_stopping = False
         self._generic: list[Any] = []
         self._address = address
         self._sockets = sockets
@@ -100,17 +99,6 @@ class SimulatedServer:
 
     def start(self) -> None:
         self._sockets.servers[self._address] = self
-
-    async def stop(self, grace_s: float) -> None:
-        """GOAWAY: no new calls; open ones have ``grace_s`` to end."""
-        self.is_stopping = True
-        self._sockets.servers.pop(self._address, None)
-        loop = asyncio.get_running_loop()
-        until_s = loop.time() + grace_s
-        while loop.time() < until_s and any(c.calls for c in self.connections):
-            await asyncio.sleep(0.05)
-        for connection in tuple(self.connections):
-            connection.cut()
 
     def find(self, method: str) -> Any:
         details = _Details(method)
