@@ -7,7 +7,7 @@ ARGS ?=
 # Tests that start processes of their own or look at the clock have the machine to themselves; all others run two at a time.
 ALONE := tests/cluster tests/distributed tests/verify
 
-.PHONY: serve test lint chaos soak env buf clean
+.PHONY: serve test test-head chaos soak lint env buf clean
 
 serve: env  ## a cluster on this machine, serving the bundled demo model over gRPC
 	$(BIN)/moestro serve $(ARGS)
@@ -24,6 +24,9 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+test-head: env  ## Ray's head is lost and replaced; needs redis-server (Debian: apt-get install redis-server)
+	$(BIN)/python -m pytest -m long tests/cluster/test_head_loss.py $(ARGS)
 
 chaos: env  ## faults from a seed under load, every answer compared; ARGS="--seed 1 --minutes 5"
 	$(BIN)/python -m benchmarks.chaos $(ARGS)

@@ -135,7 +135,7 @@ async def leave(count: int, seed: int, model: ServedModel, report: Callable[[int
     )
     async with rank.serving() as group, paced_gateway(group, model, limits) as gateway:
         leavers = Leavers(gateway.address, random.Random(seed))
-        await leavers.burst(BURST)  # what is made once and kept
+        await leavers.burst(BURST // 2)  # what is made once and kept
         before = await _settled(rank, gateway)
         began_s, done = time.perf_counter(), 0
         while done < count:
@@ -161,13 +161,13 @@ async def leave(count: int, seed: int, model: ServedModel, report: Callable[[int
 
 async def _settled(rank: PacedRank, gateway: PacedGateway) -> Left:
     """Once nothing changes any more, or time is up."""
+    gc.collect()
     now = left(rank, gateway)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(PATIENCE_S):
             still = 0
-            while still < 10:
+            while still < 5:
                 await asyncio.sleep(0.1)
-                gc.collect()
                 before, now = now, left(rank, gateway)
                 still = still + 1 if now == before and not now.open_requests and not now.kv_blocks else 0
     return now

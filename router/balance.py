@@ -14,11 +14,12 @@ the lowest index.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from moestro.router.balance_problem import Topology, check, checked_load, integers, previous_slots
+from moestro.router.balance_problem import Topology, check, checked_load, integers, previous_slots, weights
 from moestro.router.balance_search import Bools, Ints, greedy, held, improve, rank_loads
 from moestro.router.placement import EMPTY, Placement
 
@@ -35,6 +36,7 @@ def balance(
     num_groups: int = 1,
     previous: Sequence[Placement] | None = None,
     tolerance: float = TOLERANCE,
+    slowness: Sequence[float] | None = None,
 ) -> tuple[Placement, ...]:
     """One placement a layer. ``load_LE`` is in any unit (rows, rows per second), finite and not negative; only ratios
     within a layer matter.
@@ -50,23 +52,28 @@ def balance(
     groups, whatever that moves (the tolerance is applied to the loads of nodes, then to those of ranks); otherwise
     groups and nodes play no part.
 
+    A rank that takes ``slowness`` times as long for the same work (by rank, at least 1) counts as that much fuller.
+
     Raises ValueError naming the argument, the bound and the value.
     """
     load = checked_load(load_LE)
     L, E = load.shape
     check(topology, capacity, E, num_groups, tolerance)
     old_LRC = previous_slots(previous, L, E, topology.num_ranks, capacity)
+    weight_R = weights(slowness, topology.num_ranks)
+    weight_LR = np.broadcast_to(weight_R, (L, topology.num_ranks))
     loads = integers(load)
     ranks_of_node = topology.ranks_of_node
     is_grouped = len(ranks_of_node) > 1 and num_groups % len(ranks_of_node) == 0
     if is_grouped and len({len(ranks) for ranks in ranks_of_node}) == 1:
-        new_LRC = _solve_by_node(loads, old_LRC, np.array(ranks_of_node), num_groups, tolerance)
+        new_LRC = _solve_by_node(loads, old_LRC, weight_R, np.array(ranks_of_node), num_groups, tolerance)
         is_allowed = _dealt_groups(old_LRC, np.array(ranks_of_node), E, num_groups)[0]
     else:
-        new_LRC = _solve(loads, old_LRC, tolerance)
+        new_LRC = _solve(loads, old_LRC, weight_LR, tolerance)
         is_allowed = np.ones(L, dtype=np.bool_)
     keep = is_allowed & _is_complete(old_LRC, E)
-    keep[keep] = _most(loads[keep], old_LRC[keep]) <= _most(loads[keep], new_LRC[keep])
+    old_L, new_L = (_most(loads[keep], slots_LRC[keep], weight_LR[keep]) for slots_LRC in (old_LRC, new_LRC))
+    keep[keep] = old_L <= new_L
     new_LRC = np.where(keep[:, None, None], old_LRC, new_LRC)
     return tuple(Placement(E, tuple(map(tuple, layer))) for layer in new_LRC.tolist())
 
@@ -81,55 +88,65 @@ def balancedness(load_E: ArrayLike, placement: Placement) -> float:
     return float(load_R.mean() / load_R.max()) if load_R.max() > 0 else 1.0
 
 
-def _solve(load_BE: Ints, old_BRC: Ints, tolerance: float, parts: int = 1) -> Ints:
+def _solve(load_BE: Ints, old_BRC: Ints, weight_BR: Ints, tolerance: float, parts: int = 1) -> Ints:
     """slots_BRC, all ranks alike. Every ``parts`` consecutive problems are one layer, as slow as its fullest rank."""
     _, R, C = old_BRC.shape
-    fresh = _in_old_slots(_with_ranks_renamed(_from_nothing(load_BE, R, C), old_BRC, load_BE.shape[1]), old_BRC)
-    best_B = np.repeat(_most(load_BE, fresh).reshape(-1, parts).max(axis=1), parts)
+    fresh = _in_old_slots(
+        _with_ranks_renamed(_from_nothing(load_BE, weight_BR, C), old_BRC, weight_BR, load_BE.shape[1]), old_BRC
+    )
+    best_B = np.repeat(_most(load_BE, fresh, weight_BR).reshape(-1, parts).max(axis=1), parts)
     bearable_B, enough_B = _within(best_B, tolerance), _within(best_B, tolerance / 2)
     kept = old_BRC.copy()
     over = _is_complete(old_BRC, load_BE.shape[1])
-    over[over] = _most(load_BE[over], old_BRC[over]) > bearable_B[over]
-    steps = improve(load_BE[over], old_BRC[over], enough_B[over], count_moves=True, max_steps=R * C)
+    over[over] = _most(load_BE[over], old_BRC[over], weight_BR[over]) > bearable_B[over]
+    steps = improve(load_BE[over], old_BRC[over], weight_BR[over], enough_B[over], count_moves=True, max_steps=R * C)
     kept[over] = _in_old_slots(steps, old_BRC[over])  # a step may bring back what another took away
     good = _is_complete(kept, load_BE.shape[1])
-    good[good] = _most(load_BE[good], kept[good]) <= _within(best_B, 2 * tolerance)[good]
+    good[good] = _most(load_BE[good], kept[good], weight_BR[good]) <= _within(best_B, 2 * tolerance)[good]
     good &= _num_moves(old_BRC, kept) <= _num_moves(old_BRC, fresh)
     return np.where(good[:, None, None], kept, fresh)
 
 
-def _from_nothing(load_BE: Ints, num_ranks: int, capacity: int) -> Ints:
+def _from_nothing(load_BE: Ints, weight_BR: Ints, capacity: int) -> Ints:
     """slots_BRC; the fullest rank is never fuller, but for NEGLIGIBLE, than with one copy of each expert."""
-    B, E = load_BE.shape
-    mean_B = _within(-(-load_BE.sum(axis=1) // num_ranks), NEGLIGIBLE)
+    (B, E), num_ranks = load_BE.shape, weight_BR.shape[1]
+    even_B = np.ceil(load_BE.sum(axis=1) / (1 / weight_BR).sum(axis=1)).astype(np.int64)  # on every rank alike
+    mean_B = _within(even_B, NEGLIGIBLE)
 
     def refined(rows: Ints, slots_BRC: Ints) -> Ints:
         steps = 2 * num_ranks * capacity
-        return improve(load_BE[rows], slots_BRC, mean_B[rows], count_moves=False, max_steps=steps)
+        return improve(load_BE[rows], slots_BRC, weight_BR[rows], mean_B[rows], count_moves=False, max_steps=steps)
 
     everything = np.arange(B)
-    plan = refined(everything, greedy(load_BE, num_ranks, capacity, num_ranks * capacity))
+    plan = refined(everything, greedy(load_BE, weight_BR, capacity, num_ranks * capacity))
     # Without copies nothing gets below the mean or the hottest expert: only what lies above needs the comparison.
-    bound_B = np.maximum(mean_B, _within(load_BE.max(axis=1), NEGLIGIBLE))
-    doubtful = everything[_most(load_BE, plan) > bound_B]
+    bound_B = np.maximum(mean_B, _within(load_BE.max(axis=1) * weight_BR.min(axis=1), NEGLIGIBLE))
+    doubtful = everything[_most(load_BE, plan, weight_BR) > bound_B]
     least = -(-E // num_ranks)
     if len(doubtful) and least < capacity:
         packed = np.full((len(doubtful), num_ranks, capacity), EMPTY, dtype=np.int64)
-        packed[:, :, :least] = refined(doubtful, greedy(load_BE[doubtful], num_ranks, least, num_ranks * least))
+        least_copies = greedy(load_BE[doubtful], weight_BR[doubtful], least, num_ranks * least)
+        packed[:, :, :least] = refined(doubtful, least_copies)
         packed = refined(doubtful, packed)
-        better = _most(load_BE[doubtful], packed) < _most(load_BE[doubtful], plan[doubtful])
+        most_of = partial(_most, load_BE[doubtful], weight_BR=weight_BR[doubtful])
+        better = most_of(packed) < most_of(plan[doubtful])
         plan[doubtful[better]] = packed[better]
     return plan
 
 
-def _solve_by_node(load_LE: Ints, old_LRC: Ints, ranks_NR: Ints, num_groups: int, tolerance: float) -> Ints:
+def _solve_by_node(
+    load_LE: Ints, old_LRC: Ints, weight_R: Ints, ranks_NR: Ints, num_groups: int, tolerance: float
+) -> Ints:
     """slots_LRC: groups are dealt to nodes as experts are to ranks, then each node is a problem of its own."""
     L, E = load_LE.shape
     N, ranks_per_node = ranks_NR.shape
     C = old_LRC.shape[2]
     group_size, experts_per_node = E // num_groups, E // N
     _, old_groups_LNG = _dealt_groups(old_LRC, ranks_NR, E, num_groups)
-    groups_LNG = np.sort(_solve(load_LE.reshape(L, num_groups, group_size).sum(axis=2), old_groups_LNG, tolerance), 2)
+    weight_NR = weight_R[ranks_NR]
+    weight_N = np.rint(ranks_per_node / (1 / weight_NR).sum(axis=1)).astype(np.int64)
+    group_load_LG = load_LE.reshape(L, num_groups, group_size).sum(axis=2)
+    groups_LNG = np.sort(_solve(group_load_LG, old_groups_LNG, np.broadcast_to(weight_N, (L, N)), tolerance), 2)
     experts = (groups_LNG[:, :, :, None] * group_size + np.arange(group_size)).reshape(L, N, experts_per_node)
     # From an expert's id to its number within its node, or EMPTY in the other nodes (and in empty slots, the last).
     local = np.full((L, N, E + 1), EMPTY, dtype=np.int64)
@@ -137,7 +154,9 @@ def _solve_by_node(load_LE: Ints, old_LRC: Ints, ranks_NR: Ints, num_groups: int
     old_by_node = old_LRC[:, ranks_NR].reshape(L, N, ranks_per_node * C)
     old_local = np.take_along_axis(local, old_by_node % (E + 1), axis=2).reshape(L * N, ranks_per_node, C)
     load_local = np.take_along_axis(load_LE[:, None], experts, axis=2).reshape(L * N, experts_per_node)
-    new_local = _solve(load_local, old_local, tolerance, N).reshape(L, N, ranks_per_node * C)
+    new_local = _solve(load_local, old_local, np.tile(weight_NR, (L, 1)), tolerance, N).reshape(
+        L, N, ranks_per_node * C
+    )
     padded = np.concatenate([experts, np.full((L, N, 1), EMPTY, dtype=np.int64)], axis=2)
     new_by_node = np.take_along_axis(padded, new_local % (experts_per_node + 1), axis=2)
     new_LRC = np.empty_like(old_LRC)
@@ -161,18 +180,19 @@ def _dealt_groups(slots_LRC: Ints, ranks_NR: Ints, num_experts: int, num_groups:
     return is_dealt, np.where(is_dealt[:, None, None], groups, EMPTY)
 
 
-def _with_ranks_renamed(new_BRC: Ints, old_BRC: Ints, num_experts: int) -> Ints:
+def _with_ranks_renamed(new_BRC: Ints, old_BRC: Ints, weight_BR: Ints, num_experts: int) -> Ints:
     """The new plan with its ranks in another order: those with most experts in common with an old one take its place
-    first."""
+    first. Only ranks of equal weight change names."""
     B, R, _ = new_BRC.shape
     rows = np.arange(B)
     common = held(new_BRC, num_experts).astype(np.float32) @ held(old_BRC, num_experts).astype(np.float32).mT
+    common[weight_BR[:, :, None] != weight_BR[:, None, :]] = -1
     renamed = np.empty_like(new_BRC)
     for _ in range(R):
         new_rank, old_rank = np.divmod(common.reshape(B, -1).argmax(axis=1), R)
         renamed[rows, old_rank] = new_BRC[rows, new_rank]
-        common[rows, new_rank] = -1
-        common[rows, :, old_rank] = -1
+        common[rows, new_rank] = -2
+        common[rows, :, old_rank] = -2
     return renamed
 
 
@@ -187,8 +207,8 @@ def _in_old_slots(new_BRC: Ints, old_BRC: Ints) -> Ints:
     return np.where(stays, old_BRC, placed)
 
 
-def _most(load_BE: Ints, slots_BRC: Ints) -> Ints:
-    most_B: Ints = rank_loads(load_BE, slots_BRC).max(axis=1)
+def _most(load_BE: Ints, slots_BRC: Ints, weight_BR: Ints) -> Ints:
+    most_B: Ints = rank_loads(load_BE, slots_BRC, weight_BR).max(axis=1)
     return most_B
 
 

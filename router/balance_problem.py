@@ -48,6 +48,15 @@ def integers(load_LE: NDArray[np.float64]) -> Ints:
     return integers_LE
 
 
+def weights(slowness: Sequence[float] | None, num_ranks: int) -> Ints:
+    """weight_R: slowness as small integers, 1 for all where all are alike."""
+    if slowness is not None and (len(slowness) != num_ranks or not all(1 <= x < math.inf for x in slowness)):
+        raise ValueError(f"slowness must have {num_ranks} ranks, each finite and at least 1, got {slowness}")
+    sixteenths_R = np.rint(np.array(slowness or [1.0] * num_ranks) * 16).astype(np.int64)
+    weight_R: Ints = sixteenths_R // np.gcd.reduce(sixteenths_R)
+    return weight_R
+
+
 def previous_slots(previous: Sequence[Placement] | None, L: int, E: int, R: int, C: int) -> Ints:
     """slots_LRC; all EMPTY without a previous placement."""
     if previous is None:

@@ -1,6 +1,7 @@
 """Packing replicas onto ranks, for many independent problems at once: the search behind ``balance``.
 
-Legend: B problems, E experts, R ranks, C slots of a rank; arrays of slots hold experts or EMPTY.
+Legend: B problems, E experts, R ranks, C slots of a rank; arrays of slots hold experts or EMPTY. The load of a rank is
+the sum of its slots' shares times its weight, which is greater where the same rows take longer.
 
 All loads are int64, so no result depends on the order of a sum, and ties go to the lowest index. An expert's load is
 shared equally by its replicas. Every step of the search lowers the load of the fullest rank and leaves each rank it
@@ -37,16 +38,16 @@ def held(slots_BRC: Ints, num_experts: int) -> Bools:
     return held_BRE[:, :, :num_experts]
 
 
-def rank_loads(load_BE: Ints, slots_BRC: Ints) -> Ints:
+def rank_loads(load_BE: Ints, slots_BRC: Ints, weight_BR: Ints) -> Ints:
     """load_BR."""
-    return _State(load_BE, slots_BRC).load_BR
+    return _State(load_BE, slots_BRC, weight_BR).load_BR
 
 
-def greedy(load_BE: Ints, num_ranks: int, capacity: int, num_copies: int) -> Ints:
+def greedy(load_BE: Ints, weight_BR: Ints, capacity: int, num_copies: int) -> Ints:
     """slots_BRC from nothing: ``num_copies`` copies shared out so that the largest share is least (an expert with no
     load gets one, and none gets more than there are ranks), then dealt in order of falling share, each to the emptiest
     ranks with a free slot. Copies that find no rank of their own are left out."""
-    B, E = load_BE.shape
+    (B, E), num_ranks = load_BE.shape, weight_BR.shape[1]
     rows = np.arange(B)
     copies_BE = np.ones((B, E), dtype=np.int64)
     share_BE = load_BE.copy() if num_ranks > 1 else np.zeros_like(load_BE)
@@ -63,7 +64,8 @@ def greedy(load_BE: Ints, num_ranks: int, capacity: int, num_copies: int) -> Int
     for experts in np.argsort(-share_BE, axis=1, kind="stable").T:
         free = (used_BR < capacity).sum(axis=1)
         wanted = np.minimum(copies_BE[rows, experts], free)
-        by_load = np.lexsort((used_BR, np.where(used_BR < capacity, load_BR, NEVER)), axis=1)
+        after_BR = (load_BR + share_BE[rows, experts][:, None]) * weight_BR
+        by_load = np.lexsort((used_BR, np.where(used_BR < capacity, after_BR, NEVER)), axis=1)
         row, nth = np.nonzero(np.arange(num_ranks) < wanted[:, None])
         rank = by_load[row, nth]
         slots_BRC[row, rank, used_BR[row, rank]] = experts[row]
@@ -72,7 +74,9 @@ def greedy(load_BE: Ints, num_ranks: int, capacity: int, num_copies: int) -> Int
     return slots_BRC
 
 
-def improve(load_BE: Ints, slots_BRC: Ints, enough_B: Ints, *, count_moves: bool, max_steps: int) -> Ints:
+def improve(
+    load_BE: Ints, slots_BRC: Ints, weight_BR: Ints, enough_B: Ints, *, count_moves: bool, max_steps: int
+) -> Ints:
     """slots_BRC after steps that each relieve the fullest rank, until none has more than ``enough_B``, no step helps or
     ``max_steps`` are done. A step swaps two slots or writes one more copy of an expert over an empty slot or over one
     of several copies of another. With ``count_moves`` the step that gains most per slot written is taken, otherwise the
@@ -80,10 +84,11 @@ def improve(load_BE: Ints, slots_BRC: Ints, enough_B: Ints, *, count_moves: bool
     slots_BRC = slots_BRC.copy()
     active = np.arange(len(load_BE))
     for _ in range(max_steps):
-        active = active[rank_loads(load_BE[active], slots_BRC[active]).max(axis=1) > enough_B[active]]
+        load_BR = rank_loads(load_BE[active], slots_BRC[active], weight_BR[active])
+        active = active[load_BR.max(axis=1) > enough_B[active]]
         if not len(active):
             break
-        state = _State(load_BE[active], slots_BRC[active])
+        state = _State(load_BE[active], slots_BRC[active], weight_BR[active])
         steps = _best_steps(state, enough_B[active], count_moves)
         helps = steps.helps_B
         rows, fullest = active[helps], state.fullest_B[helps]
@@ -96,21 +101,26 @@ def improve(load_BE: Ints, slots_BRC: Ints, enough_B: Ints, *, count_moves: bool
 
 
 class _State:
-    """What follows from loads and slots."""
+    """What follows from loads, slots and weights."""
 
-    def __init__(self, load_BE: Ints, slots_BRC: Ints) -> None:
+    def __init__(self, load_BE: Ints, slots_BRC: Ints, weight_BR: Ints) -> None:
         B, R, C = slots_BRC.shape
         E = load_BE.shape[1]
-        self.load_BE, self.slots_BRC = load_BE, slots_BRC
+        self.load_BE, self.slots_BRC, self.weight_BR = load_BE, slots_BRC, weight_BR
         rows = np.arange(B)[:, None]
         flat = (rows * (E + 1) + np.where(slots_BRC == EMPTY, E, slots_BRC).reshape(B, R * C)).ravel()
         counts = np.bincount(flat, minlength=B * (E + 1)).reshape(B, E + 1).astype(np.int64)
         self.copies_BE = counts[:, :E]
         self.share_BE = share(load_BE, self.copies_BE)
         self.share_BRC = per_slot(self.share_BE, slots_BRC)
-        self.load_BR: Ints = self.share_BRC.sum(axis=2)
+        self.sum_BR: Ints = self.share_BRC.sum(axis=2)
+        self.load_BR: Ints = self.sum_BR * weight_BR
         self.fullest_B = self.load_BR.argmax(axis=1)
         self.top_B = self.load_BR.max(axis=1)
+
+    def of_fullest(self, values_BR: Ints) -> Ints:
+        """values_B1."""
+        return np.take_along_axis(values_BR, self.fullest_B[:, None], axis=1)
 
 
 def per_slot(values_BE: Ints, slots_BRC: Ints, empty: int = 0) -> Ints:
@@ -154,10 +164,11 @@ def _after_swap(state: _State) -> Ints:
     """after_BCRC: the higher of both ranks' loads if slot C of the fullest rank and slot C of rank R change places."""
     rows = np.arange(len(state.slots_BRC))
     mine_BC, share_BC = state.slots_BRC[rows, state.fullest_B], state.share_BRC[rows, state.fullest_B]
-    left_BC = state.top_B[:, None] - share_BC
-    rest_BRC = state.load_BR[:, :, None] - state.share_BRC
+    left_BC = state.of_fullest(state.sum_BR) - share_BC
+    rest_BRC = state.sum_BR[:, :, None] - state.share_BRC
     after = np.maximum(
-        left_BC[:, :, None, None] + state.share_BRC[:, None], rest_BRC[:, None] + share_BC[:, :, None, None]
+        (left_BC[:, :, None, None] + state.share_BRC[:, None]) * state.of_fullest(state.weight_BR)[:, :, None, None],
+        (rest_BRC[:, None] + share_BC[:, :, None, None]) * state.weight_BR[:, None, :, None],
     )
     return _forbid(after, _holds_mine(state, mine_BC), _is_mine(state, mine_BC))
 
@@ -169,16 +180,18 @@ def _after_copy(state: _State) -> Ints:
     mine_BC, share_BC = state.slots_BRC[rows, state.fullest_B], state.share_BRC[rows, state.fullest_B]
     thinner_BE = share(state.load_BE, state.copies_BE + 1)
     thinner_BC = np.take_along_axis(thinner_BE, np.maximum(mine_BC, 0), axis=1)
-    left_BC = state.top_B[:, None] - share_BC + thinner_BC
-    rest_BRC = state.load_BR[:, :, None] - state.share_BRC
+    left_BC = (state.of_fullest(state.sum_BR) - share_BC + thinner_BC) * state.of_fullest(state.weight_BR)
+    rest_BRC = state.sum_BR[:, :, None] - state.share_BRC
     lost_BRC = _after_loss(state)
-    after = np.maximum(rest_BRC[:, None] + thinner_BC[:, :, None, None], left_BC[:, :, None, None])
+    after = (rest_BRC[:, None] + thinner_BC[:, :, None, None]) * state.weight_BR[:, None, :, None]
+    np.maximum(after, left_BC[:, :, None, None], out=after)
     np.maximum(after, lost_BRC[:, None], out=after)
     return _forbid(after, _holds_mine(state, mine_BC), np.zeros_like(state.slots_BRC, dtype=np.bool_))
 
 
 def _after_loss(state: _State) -> Ints:
-    """after_BRC: the highest load among the ranks that keep a copy of what is in a slot, once this copy is gone; NEVER
+    """after_BRC: the highest load among the ranks that keep a copy of what is in a slot, once this copy is gone, or
+    more where weights differ: what comes to the fullest of them counts as if it came to the heaviest rank of all. NEVER
     if it is the only one, 0 for an empty slot."""
     B, R, C = state.slots_BRC.shape
     E = state.load_BE.shape[1]
@@ -195,7 +208,7 @@ def _after_loss(state: _State) -> Ints:
     first_BRC, second_BRC = per_slot(first[:, :E], state.slots_BRC), per_slot(second[:, :E], state.slots_BRC)
     keeper = np.where(first_BRC == np.arange(R)[:, None], second_BRC, first_BRC).reshape(B, R * C)
     keeper_load = np.take_along_axis(state.load_BR, np.maximum(keeper, 0), axis=1).reshape(B, R, C)
-    thicker_BE = share(state.load_BE, state.copies_BE - 1) - state.share_BE
+    thicker_BE = (share(state.load_BE, state.copies_BE - 1) - state.share_BE) * state.weight_BR.max(axis=1)[:, None]
     after = keeper_load + per_slot(thicker_BE, state.slots_BRC)
     after = np.where(per_slot(state.copies_BE, state.slots_BRC, 2) < 2, NEVER, after)
     return np.where(state.slots_BRC == EMPTY, 0, after)

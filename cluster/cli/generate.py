@@ -15,7 +15,7 @@ from moestro.cluster.cli.sources import Source, open_source
 from moestro.cluster.client_calls import Options
 from moestro.cluster.edge.events import StreamEvent
 
-Address = Annotated[str, typer.Option(help="host:port of a running cluster.")]
+Address = Annotated[str, typer.Option(help="host:port of a gateway; several, with commas, are tried in turn.")]
 Local = Annotated[bool, typer.Option("--local", help="No cluster: run the model in this process.")]
 Model = Annotated[Path | None, typer.Option(help="With --local: checkpoint folder. Left out: the bundled demo.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Output tokens at most.")]

@@ -6,7 +6,7 @@ robin over clients, in tokens. The line is bounded in number, in tokens and in t
 time is refused on arrival, with the time after which it may come again; one whose deadline can no longer be met is
 given up without being started. When the line is full, the client that fills it gives way.
 
-Sans-IO: asks, capacities and times in, outcomes out. Times are seconds of one clock, given by the caller.
+Sans-IO: asks, capacities and times in, settled tickets out. Times are seconds of one clock, given by the caller.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 from moestro.cluster.backend import Capacity
 from moestro.cluster.edge.estimates import OutputEstimate, Pace
 from moestro.cluster.edge.fair_queue import FairQueue, Waiting
-from moestro.cluster.edge.tickets import AdmissionCounts, AdmissionLimits, Ask, Outcome, Refusal, Ticket
+from moestro.cluster.edge.tickets import AdmissionCounts, AdmissionLimits, Ask, Refusal, Ticket
 from moestro.protos.errors import Overloaded
 
 CAUTION = 1.5  # estimates of waiting are taken for so much longer: who is let in should not be given up later
@@ -23,7 +23,7 @@ MIN_RETRY_S = 0.1
 UNKNOWN_RETRY_S = 1.0  # while nothing has been measured
 
 
-_GIVEN_UP = {
+GIVEN_UP = {
     Refusal.FULL: "the line is full, and this client has the most in it",
     Refusal.WAIT: "it has waited as long as it may",
     Refusal.DEADLINE: "it can no longer end before its deadline",
@@ -41,7 +41,7 @@ class Admission:
         self.is_shedding = False  # memory runs short: nobody is let in
         self._queue = FairQueue(limits.quantum)
         self._waiting: dict[Waiting, Ticket] = {}
-        self._outcomes: list[Outcome] = []
+        self._settled: list[Ticket] = []  # since the last ``advance``
         self._outputs = OutputEstimate()
         self._pace = Pace()
         self._return_s = 0.0  # when the last one that was refused may come again
@@ -92,8 +92,8 @@ class Admission:
         self._count_open(ticket, 1)
         return ticket
 
-    def advance(self, capacity: Capacity, now_s: float) -> list[Outcome]:
-        """Starts those there is room for, and says what has come of tickets since the last call."""
+    def advance(self, capacity: Capacity, now_s: float) -> list[Ticket]:
+        """Starts those there is room for. All that were started, or given up with a refusal, since the last call."""
         while (head := self._queue.head()) is not None:
             ticket = self._waiting[head]
             if now_s > ticket.start_by_s:
@@ -102,8 +102,8 @@ class Admission:
                 self._start(ticket, now_s)
             else:
                 break
-        outcomes, self._outcomes = self._outcomes, []
-        return outcomes
+        settled, self._settled = self._settled, []
+        return settled
 
     def expire(self, now_s: float) -> None:
         """Gives up those that can no longer start in time. To be called now and then while somebody waits: ``advance``
@@ -204,11 +204,12 @@ class Admission:
         ticket.started_s = now_s
         self._count_open(ticket, 1)
         self.counts.queue_s.add(now_s - ticket.arrived_s)
-        self._outcomes.append(Outcome(ticket))
+        self._settled.append(ticket)
 
     def _give_up(self, ticket: Ticket, reason: Refusal, now_s: float) -> None:
         self._leave(ticket)
-        self._outcomes.append(Outcome(ticket, self.refuse(reason, _GIVEN_UP[reason], now_s)))
+        ticket.refusal = self.refuse(reason, GIVEN_UP[reason], now_s)
+        self._settled.append(ticket)
 
     def _leave(self, ticket: Ticket) -> None:
         ticket.is_over = True

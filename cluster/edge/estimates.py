@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 MEMORY = 64  # requests; more: calmer, slower to follow
+UNKNOWN_TOKENS = 512  # of a sequence whose like has not been seen
 _KEEP = 1 - 1 / MEMORY
 
 
@@ -33,7 +34,9 @@ class WeightedMean:
 
 class OutputEstimate:
     """How many tokens a sequence will write, given how many it was allowed to: the mean share that others made of an
-    allowance of the same size (a power of two). An allowance nobody has used yet counts in full."""
+    allowance of the same size (a power of two). Of one that nobody has used yet ``UNKNOWN_TOKENS`` at most are
+    expected: many ask for all that is left of a long context and write a paragraph, and a rank that turns out too full
+    preempts, while one that is kept empty serves nobody."""
 
     def __init__(self) -> None:
         self._share: dict[int, WeightedMean] = {}  # by the allowance's bit length: at most some thirty
@@ -41,7 +44,7 @@ class OutputEstimate:
     def expected(self, max_tokens: int) -> int:
         mean = self._share.get(max_tokens.bit_length())
         share = None if mean is None else mean.value
-        return max_tokens if share is None else max(1, round(max_tokens * share))
+        return min(max_tokens, UNKNOWN_TOKENS) if share is None else max(1, round(max_tokens * share))
 
     def learn(self, max_tokens: int, written: float) -> None:
         mean = self._share.setdefault(max_tokens.bit_length(), WeightedMean())

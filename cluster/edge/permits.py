@@ -70,7 +70,7 @@ class Permits:
         capacity = self._capacity()
         ticket = self._admission.offer(ask, capacity, now_s)
         self._advance(capacity, now_s)
-        if ticket.started_s is None:
+        if ticket.started_s is None and ticket.refusal is None:
             future = asyncio.get_running_loop().create_future()
             self._futures[ticket] = future
             self._poll_later()
@@ -81,6 +81,8 @@ class Permits:
                 self._admission.withdraw(ticket)
                 self.release(ticket)  # the permit may have come together with the end of its caller
                 raise
+        if ticket.refusal is not None:
+            raise ticket.refusal
         return Permit(self, ticket)
 
     def go_on(self, ask: Ask) -> Permit:
@@ -106,14 +108,10 @@ class Permits:
             self._advance(self._capacity_now(), now_s)
 
     def _advance(self, capacity: Capacity, now_s: float) -> None:
-        for outcome in self._admission.advance(capacity, now_s):
-            future = self._futures.pop(outcome.ticket, None)
-            if future is None or future.done():
-                continue
-            if outcome.refusal is None:
+        for ticket in self._admission.advance(capacity, now_s):
+            future = self._futures.pop(ticket, None)
+            if future is not None and not future.done():
                 future.set_result(None)
-            else:
-                future.set_exception(outcome.refusal)
 
     def _poll_later(self) -> None:
         if self._poll is None and self._futures:

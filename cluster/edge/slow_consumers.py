@@ -62,7 +62,7 @@ class SlowConsumers:
         self._stall_s = stall_s
         self._max_unread_tokens = max_unread_tokens
         self._readers: dict[Reader, None] = {}
-        self._looking: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self.num_cut = 0
 
     @contextlib.contextmanager
@@ -73,8 +73,8 @@ class SlowConsumers:
         assert task is not None
         reader = Reader(stream, task)
         self._readers[reader] = None
-        if self._looking is None:
-            self._looking = asyncio.create_task(self._look_around())
+        if self._timer is None:
+            self._look_later()
         try:
             yield reader
         except asyncio.CancelledError:
@@ -84,17 +84,20 @@ class SlowConsumers:
         finally:
             self._readers.pop(reader, None)
 
-    async def _look_around(self) -> None:
-        """As long as there is somebody to look at."""
-        while self._readers:
-            await asyncio.sleep(LOOK_S)
-            now_s = asyncio.get_running_loop().time()
-            for reader in tuple(self._readers):
-                if reader.stalled_s(now_s) > self._stall_s:
-                    self._cut(reader, f"nothing was read for {self._stall_s:g} s")
-                elif (unread := reader.num_unread()) > self._max_unread_tokens:
-                    self._cut(reader, f"{unread} tokens wait to be read, at most {self._max_unread_tokens} may")
-        self._looking = None
+    def _look_later(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(LOOK_S, self._look_around)
+
+    def _look_around(self) -> None:
+        """Comes again as long as there is somebody to look at."""
+        self._timer = None
+        now_s = asyncio.get_running_loop().time()
+        for reader in tuple(self._readers):
+            if reader.stalled_s(now_s) > self._stall_s:
+                self._cut(reader, f"nothing was read for {self._stall_s:g} s")
+            elif (unread := reader.num_unread()) > self._max_unread_tokens:
+                self._cut(reader, f"{unread} tokens wait to be read, at most {self._max_unread_tokens} may")
+        if self._readers:
+            self._look_later()
 
     def _cut(self, reader: Reader, reason: str) -> None:
         if not reader.cut_for:

@@ -56,19 +56,12 @@ class Ticket:
     arrived_s: float
     start_by_s: float
     started_s: float | None = None
+    refusal: Overloaded | None = None  # of one that was given up
     is_over: bool = False
 
     @property
     def cost(self) -> int:
         return self.place.cost
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """A ticket that waits no longer: started, or refused."""
-
-    ticket: Ticket
-    refusal: Overloaded | None = None
 
 
 @dataclass(slots=True)

@@ -76,9 +76,7 @@ def _edge_series(edge: EdgeObserved) -> Iterator[Metric]:
     yield waited
     yield _counter("moestro_cut_off_streams", "Streams cut off since nobody read them.", "", [((), edge.cut_off)])
     yield _gauge("moestro_parked_streams", "Streams remembered for clients that come back.", "", [((), edge.parked)])
-    yield _counter(
-        "moestro_lost_runs", "Requests that lost the rank they ran on.", "", [((), edge.engine_losses)]
-    )
+    yield _counter("moestro_lost_runs", "Requests that lost the rank they ran on.", "", [((), edge.engine_losses)])
     yield _counter("moestro_resumed_streams", "Streams taken up again after a cut.", "", [((), edge.resumed)])
     yield _counter("moestro_quarantined_requests", "Requests that kill ranks.", "", [((), edge.quarantined)])
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from moestro.router.placement import Placement
 from moestro.router.rebalance.cost_model import fewer_rows_in
+from moestro.router.rebalance.messages import Floats
 from moestro.router.rebalance.tables import Tables
 from moestro.router.rebalance.window import Bucket
 
@@ -47,6 +48,10 @@ class Accounts:
     def open(self, layer: int, account: Account) -> None:
         self._before = self._before.with_layer(layer, account.previous)
         self._open[layer] = account
+
+    def slow(self, slowness_R: Floats) -> None:
+        """The ranks are so slow from here on."""
+        self._before = self._before.slowed(slowness_R)
 
     def close(self, layer: int) -> None:
         self._open.pop(layer, None)

@@ -8,6 +8,7 @@ Assumptions, each on the cautious side or checked afterwards by measurement:
 - expert time is linear in rows, ``per_step * steps + per_row * rows``, fitted over ranks and buckets; only the part
   per row moves with an expert;
 - replicas share their expert's rows equally (EPLB);
+- the rows of a rank that is known to be slow take as many times longer, and are counted as so many more;
 - no more can be saved than the ranks were measured to wait for each other: what is hidden behind other work, or was
   the skew of single steps that evens out over a bucket, is taken off by ``exposed``;
 - traffic after a decision resembles the traffic it was tried on, for as long as the horizon.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from moestro.router.placement import Placement
 from moestro.router.rebalance.accounts import Account, Accounts
 from moestro.router.rebalance.config import Config
@@ -11,7 +13,7 @@ from moestro.router.rebalance.cost_model import Appraisal, Prices, Rates, fewer_
 from moestro.router.rebalance.fit import FEWEST, Learned, Line, fit
 from moestro.router.rebalance.ledger import Ledger
 from moestro.router.rebalance.memory import Memory
-from moestro.router.rebalance.messages import Observation
+from moestro.router.rebalance.messages import Floats, Observation
 from moestro.router.rebalance.plan import Job, Plan
 from moestro.router.rebalance.tables import bytes_to_load, loads_by_expert, tabulate
 from moestro.router.rebalance.window import Bucket, Window
@@ -33,8 +35,16 @@ class Evidence:
         self._s_per_row = 0.0  # as of the last appraisal
         self._unstalled: int | None = None  # ledger entry of a switch whose stall comes with the next observation
 
+    def slow(self, slowness_R: Floats) -> None:
+        """The ranks are so slow from here on."""
+        if np.array_equal(slowness_R, self.tables.slowness_R):
+            return
+        self.cut()
+        self.tables = self.tables.slowed(slowness_R)
+        self.accounts.slow(slowness_R)
+
     def observe(self, seen: Observation) -> None:
-        closed = self.window.add(seen, loads_by_expert(self.tables, seen.rows_LRC))
+        closed = self.window.add(seen, loads_by_expert(self.tables, seen.rows_LRC), self.tables.slowness_R)
         self.now = seen.now
         self._credit(closed)
         if self._unstalled is not None:
@@ -84,7 +94,8 @@ class Evidence:
             return []
         rates = measure(buckets)
         self._s_per_row = rates.s_per_row
-        fewer = fewer_rows(self.tables.only(layers), plan.tables.only(layers), buckets, layers)
+        new = plan.tables.slowed(self.tables.slowness_R)
+        fewer = fewer_rows(self.tables.only(layers), new.only(layers), buckets, layers)
         return [
             self.price(layer, plan.placements[layer], rows * rates.s_per_row / rates.wall_s)
             for layer, rows in zip(layers, fewer.surely_L.tolist(), strict=True)

@@ -16,8 +16,9 @@ from moestro.router.placement import Placement
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-Solve = Callable[[Ints, tuple[Placement, ...]], tuple[Placement, ...]]
-"""(loads_LE, previous) -> placements. Must be a pure function: every rank calls it, and all must get the same."""
+Solve = Callable[[Ints, tuple[Placement, ...], tuple[float, ...]], tuple[Placement, ...]]
+"""(loads_LE, previous, slowness by rank) -> placements. Must be a pure function: every rank calls it, and all must get
+the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class StartSolve:
     ticket: int
     loads_LE: Ints  # rows by logical expert in the window; not to be written to
     previous: tuple[Placement, ...]
+    slowness: tuple[float, ...]  # by rank
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from moestro.router.placement import Placement
 from moestro.router.rebalance.config import Config
 from moestro.router.rebalance.cost_model import Appraisal, excess_rows, measure, step_samples
@@ -66,8 +68,10 @@ class Rebalancer:
         before it sleeps."""
         return isinstance(self._phase, Moving) and self._phase.job.ready
 
-    def observe(self, seen: Observation) -> tuple[Intent, ...]:
-        """What all ranks did since the last call. Intents are to be started in order, before the next step."""
+    def observe(self, seen: Observation, slowness: Sequence[float] = ()) -> tuple[Intent, ...]:
+        """What all ranks did since the last call, and, where any is known to be slow, how many times longer each takes
+        for the same work. Intents are to be started in order, before the next step."""
+        self._evidence.slow(np.array(slowness or [1.0] * self.placements[0].num_ranks))
         self._evidence.observe(seen)
         if isinstance(self._phase, Moving):
             self._phase.job.add(seen)
@@ -172,7 +176,8 @@ class Rebalancer:
             return
         self._evidence.cut()
         self._phase = Solving(self._ticket(), self._evidence.now, gain)
-        yield StartSolve(self._phase.ticket, self.loads_LE, self.placements)
+        slowness = tuple(self._evidence.tables.slowness_R.tolist())
+        yield StartSolve(self._phase.ticket, self.loads_LE, self.placements, slowness)
 
     def _try(self, plan: Plan) -> Iterator[Intent]:
         """Values a plan on traffic that it was not made for."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moestro.router.rebalance.messages import Floats, Ints, Observation
+from moestro.router.rebalance.tables import in_order
 
 BUCKETS = 16
 """Of a full window: it slides in steps of a sixteenth, and a mean over it has that many samples to judge its noise."""
@@ -24,7 +25,7 @@ class Bucket:
     start: float
     end: float
     loads_LE: Ints
-    rows_R: Ints  # over all layers
+    rows_R: Floats  # over all layers; these and the excess in rows of a rank that is not slow
     excess_rows: float  # over all layers: rows of the rank that had most, less the mean over ranks
     tokens: int
     steps: int
@@ -50,16 +51,16 @@ class Bucket:
         self.loaded_bytes += other.loaded_bytes
 
 
-def bucket_of(seen: Observation, loads_LE: Ints, start: float) -> Bucket:
-    rows_LR: Ints = seen.rows_LRC.sum(axis=2)
-    rows_R: Ints = rows_LR.sum(axis=0)
+def bucket_of(seen: Observation, loads_LE: Ints, slowness_R: Floats, start: float) -> Bucket:
+    rows_LR: Floats = seen.rows_LRC.sum(axis=2) * slowness_R
+    rows_R = in_order(rows_LR)
     ranks = len(rows_R)
     return Bucket(
         start=start,
         end=seen.now,
         loads_LE=loads_LE,
         rows_R=rows_R,
-        excess_rows=int(rows_LR.max(axis=1).sum()) - int(rows_R.sum()) / ranks,
+        excess_rows=math.fsum(rows_LR.max(axis=1).tolist()) - math.fsum(rows_R.tolist()) / ranks,
         tokens=int(seen.tokens_R.sum()),
         steps=seen.steps,
         steps_s=float(seen.steps_s_R.max()),
@@ -84,7 +85,7 @@ class Window:
     def __post_init__(self) -> None:
         self.loads_LE = np.zeros(self.shape_LE, dtype=np.int64)
 
-    def add(self, seen: Observation, loads_LE: Ints) -> tuple[Bucket, ...]:
+    def add(self, seen: Observation, loads_LE: Ints, slowness_R: Floats) -> tuple[Bucket, ...]:
         """The buckets that this observation closed. The very first observation only starts the clock. Of a long sleep
         no more than one window counts."""
         last, self._last = self._last, seen.now
@@ -92,7 +93,7 @@ class Window:
             return ()
         if seen.now < last:
             raise ValueError(f"now must not run backwards: {seen.now} after {last}")
-        bucket = bucket_of(seen, loads_LE, max(last, seen.now - self.seconds))
+        bucket = bucket_of(seen, loads_LE, slowness_R, max(last, seen.now - self.seconds))
         closed = self.cut() if bucket.start > last else ()
         if self._open is None:
             self._open = bucket

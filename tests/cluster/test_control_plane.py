@@ -22,16 +22,18 @@ from moestro.protos.errors import Unavailable
 
 PROMPT = [5, 17, 200, 33, 71, 9]
 LONG = 1000
+PATIENT = "[recovery]\nwatchdog_s = 60.0\n"  # nothing hangs here, however slow the machine is
 
 
 @pytest.fixture(scope="module")
 def server(checkpoint: Path) -> Iterator[Server]:
-    with serving(checkpoint, "--groups", 2, "--dp", 1, "--gateways", 2, "--port", free_port()) as server:
+    options = ("--groups", 2, "--dp", 1, "--gateways", 2, "--port", free_port())
+    with serving(checkpoint, *options, settings=PATIENT) as server:
         yield server
 
 
 def connect(server: Server) -> Client:
-    """Over a connection of its own, so that the kernel spreads the calls over the gateways. No retries."""
+    """Over a connection of its own, so that the kernel spreads the calls over the gateways."""
     with patch("moestro.cluster.client.CHANNEL_OPTIONS", (*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1))):
         return server.client()
 
@@ -40,6 +42,13 @@ def ask(server: Server, max_tokens: int = 8) -> tuple[int, ...]:
     with connect(server) as client:
         answer = client.generate(PROMPT, max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
         return tuple(answer.choices[0].token_ids)
+
+
+def stream(server: Server, max_tokens: int) -> tuple[int, ...]:
+    """As a user has it: what is cut off is resumed."""
+    with Client(server.address, timeout_s=240.0) as client:
+        events = client.stream(PROMPT, max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+        return tuple(token for event in events for delta in event.deltas for token in delta.token_ids)
 
 
 def status(server: Server) -> ClusterStatus:
@@ -108,10 +117,14 @@ def test_it_shrinks_and_is_replaced_and_grows_under_load_without_a_failed_reques
     asked = [Asked.of(seed, vocab_size=250, max_tokens=100) for seed in range(8)]
     config = server.home / "update.toml"
     config.write_text("[scheduler]\nmax_num_tokens = 512\n")
-    with SteadyLoad(server.address, asked, clients=4, seed=0) as load:
+    expected = ask(server, LONG)
+    with SteadyLoad(server.address, asked, clients=3, seed=0) as load, ThreadPoolExecutor(1) as pool:
         shrunk = run(server.home, "scale", "--groups", 1, "--gateways", 1)
+        long = pool.submit(stream, server, 3 * LONG)  # longer than anybody waits for it
         updated = run(server.home, "update", "--config", config)
         grown = run(server.home, "scale", "--groups", 2)
+        assert long.result()[:LONG] == expected
+        assert len(long.result()) == 3 * LONG
     assert load.tally.is_clean, load.tally
     commands = (shrunk, updated, grown)
     assert [each.returncode for each in commands] == [0, 0, 0], [each.stderr for each in commands]

@@ -217,3 +217,43 @@ def test_bad_arguments_are_named(changes, message: str) -> None:
     arguments = {"load_LE": [[1.0, 2.0]], "topology": Topology.regular(2, 2), "capacity": 1} | changes
     with pytest.raises(ValueError, match=message):
         balance(**arguments)
+
+
+def weighted(load_E: np.ndarray, placement: Placement, slowness: list[float]) -> float:
+    return max(float(load) * slow for load, slow in zip(rank_loads(load_E, placement), slowness, strict=True))
+
+
+@settings(deadline=None, max_examples=40)
+@given(problems(), st.data())
+def test_slow_ranks_get_less_and_the_plan_is_never_worse_for_it(
+    problem: dict[str, object], data: st.DataObject
+) -> None:
+    """Than one copy of each expert on the ranks in order, or what was there before. (Whole groups on nodes are another
+    promise, which may cost more.)"""
+    topology, load_LE = problem["topology"], problem["load_LE"]
+    assert isinstance(topology, Topology)
+    assert isinstance(load_LE, np.ndarray)
+    problem["num_groups"] = 1
+    slowness = data.draw(
+        st.lists(st.sampled_from([1.0, 1.5, 4.0]), min_size=topology.num_ranks, max_size=topology.num_ranks)
+    )
+    plain = balance(**problem)  # type: ignore[arg-type]
+    slowed = balance(**problem, previous=plain, tolerance=0, slowness=slowness)  # type: ignore[arg-type]
+    for load_E, old, new in zip(load_LE, plain, slowed, strict=True):
+        assert weighted(load_E, new, slowness) <= weighted(load_E, old, slowness) * MEASURED_AS + 1e-9
+    if len(set(slowness)) == 1:
+        assert balance(**problem, slowness=slowness) == plain  # type: ignore[arg-type]
+
+
+def test_a_slow_rank_gets_as_many_times_less_where_slots_allow() -> None:
+    load_LE = np.full((1, 32), 10.0)
+    (placement,) = balance(load_LE, Topology.regular(4, 4), 12, slowness=[1, 5, 1, 1])
+    rows = [float(load) / 10 for load in rank_loads(load_LE[0], placement)]
+    assert rows[1] <= 2
+    assert max(rows) <= 10.5
+
+
+@pytest.mark.parametrize("slowness", [[1.0], [1.0, 0.5], [1.0, float("inf")]])
+def test_slowness_is_checked(slowness: list[float]) -> None:
+    with pytest.raises(ValueError, match="slowness must have 2 ranks, each finite and at least 1"):
+        balance(np.ones((1, 4)), Topology.regular(2, 2), 2, slowness=slowness)

@@ -145,7 +145,7 @@ class GroupExperts:
         self._reporter.saw(seen, self._placements, self._slowest_steps)
         self._slowest_steps = [0] * len(self._slowest_steps)
         self._name_stragglers(works)
-        intents = self._rebalancer.observe(seen)
+        intents = self._rebalancer.observe(seen, self._stragglers.slowness_R)
         self._reporter.publish(self._rebalancer, now_s)
         return intents
 
@@ -219,7 +219,7 @@ class GroupExperts:
 
 
 def _solve(solve: Solve, intent: StartSolve, cancelled: threading.Event) -> tuple[Placement, ...]:
-    return solve(intent.loads_LE, intent.previous)
+    return solve(intent.loads_LE, intent.previous, intent.slowness)
 
 
 class NoExperts:

@@ -89,6 +89,11 @@ def group_experts(
 
 
 def _solve(
-    ranks: Topology, capacity: int, num_groups: int, loads_LE: Ints, previous: tuple[Placement, ...]
+    ranks: Topology,
+    capacity: int,
+    num_groups: int,
+    loads_LE: Ints,
+    previous: tuple[Placement, ...],
+    slowness: tuple[float, ...],
 ) -> tuple[Placement, ...]:
-    return balance(loads_LE, ranks, capacity, num_groups=num_groups, previous=previous)
+    return balance(loads_LE, ranks, capacity, num_groups=num_groups, previous=previous, slowness=slowness)

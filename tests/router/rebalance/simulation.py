@@ -16,13 +16,16 @@ from numpy.typing import NDArray
 
 from moestro.router.placement import EMPTY, Placement, spread
 from moestro.router.rebalance.config import Config
-from moestro.router.rebalance.messages import Drop, Intent, Observation, Solve, StartLoad, StartSolve, Switch
+from moestro.router.rebalance.messages import Drop, Intent, Observation, StartLoad, StartSolve, Switch
 from moestro.router.rebalance.rebalancer import Rebalancer
 
 RANKS, EXPERTS, CAPACITY, LAYERS = 4, 16, 5, 3
 EXPERT_BYTES = 10_000_000
 S_PER_ROW = 20e-6
 QUICK = Config(window_s=8, interval_s=4, horizon_s=120, bytes_per_s=100e6, settle_s=4, backoff_s=30)
+
+Solver = Callable[[NDArray[np.int64], tuple[Placement, ...]], tuple[Placement, ...]]
+"""A ``Solve`` that knows by itself who is slow."""
 
 Popularity = Callable[[float], NDArray[np.float64]]
 """From time to popularity_LE, rows summing to 1; all zeros: idle."""
@@ -78,7 +81,7 @@ class Group:
     popularity: Popularity
     seed: int = 0
     config: Config = QUICK
-    solve: Solve = greedy
+    solve: Solver = greedy
     tokens_per_step: int = 400
     noise: float = 0.0  # relative, of every measured time
     load_slowdown: float = 0.05  # true fraction by which loading slows a step
@@ -86,6 +89,7 @@ class Group:
     harm: Callable[[tuple[Placement, ...]], float] = lambda placements: 0.0  # hidden fraction of slowness
     late_s: float = 0.0  # how long after its bytes a load is reported ready
     steps_per_gather: int = 8
+    slowness: tuple[float, ...] = ()  # by rank
     now: float = 0.0
     bytes_moved: int = 0
     switches: list[tuple[float, int]] = field(default_factory=list)  # time, layer
@@ -120,8 +124,8 @@ class Group:
                     machine.ready(job.ticket)
                     finished.append(job.ticket)
         seen = self._serve()
-        intents = self.machine.observe(seen)
-        self.obey(intents, self.twin.observe(seen))
+        intents = self.machine.observe(seen, self.slowness)
+        self.obey(intents, self.twin.observe(seen, self.slowness))
 
     def obey(self, intents: tuple[Intent, ...], twins: tuple[Intent, ...]) -> None:
         assert list(map(_told, intents)) == list(map(_told, twins))
@@ -166,7 +170,7 @@ class Group:
                         rows = (loads_E[expert] + copy) // len(slots)
                         rows_LRC[layer, slot // CAPACITY, slot % CAPACITY] = rows
         tokens = self.tokens_per_step * self.steps_per_gather if popularity_LE.any() else 0
-        rows_LR = rows_LRC.sum(axis=2)
+        rows_LR = rows_LRC.sum(axis=2) * np.array(self.slowness or (1,) * RANKS)  # as long as they take
         slow = 1 + self.harm(self.placements)
         loading = isinstance(self.job, StartLoad)
         if loading:

@@ -212,7 +212,7 @@ def test_the_window_holds_the_last_seconds_whole_and_in_few_buckets(
     for number, (gap, rows) in enumerate(steps):
         now += gap
         rows_LRC = np.array([[[rows], [2 * rows]]])
-        window.add(observation(now, rows_LRC), loads_by_expert(tables, rows_LRC))
+        window.add(observation(now, rows_LRC), loads_by_expert(tables, rows_LRC), np.ones(2))
         if number:
             seen.append((now, rows))
         if number in cuts:
@@ -231,9 +231,9 @@ def test_the_window_holds_the_last_seconds_whole_and_in_few_buckets(
 def test_time_must_not_run_backwards() -> None:
     rows_LRC = np.array([[[1], [1]]])
     window = Window(10.0, (1, 2))
-    window.add(observation(5, rows_LRC), rows_LRC[:, :, 0])
+    window.add(observation(5, rows_LRC), rows_LRC[:, :, 0], np.ones(2))
     with pytest.raises(ValueError, match=r"now must not run backwards: 4 after 5"):
-        window.add(observation(4, rows_LRC), rows_LRC[:, :, 0])
+        window.add(observation(4, rows_LRC), rows_LRC[:, :, 0], np.ones(2))
 
 
 def test_an_observation_of_the_wrong_size_is_refused() -> None:

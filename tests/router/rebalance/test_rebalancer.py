@@ -20,6 +20,7 @@ from tests.router.rebalance.simulation import (
     skewed,
 )
 
+from moestro.router.balance import Topology, balance
 from moestro.router.placement import Placement, spread
 from moestro.router.rebalance.ledger import Entry, Outcome, Trigger
 from moestro.router.rebalance.messages import Drop, StartLoad, StartSolve, Switch
@@ -450,3 +451,25 @@ def test_a_machine_needs_a_layer_and_a_size() -> None:
         Rebalancer(QUICK, (), 1)
     with pytest.raises(ValueError, match="expert_bytes must be at least 1, got 0"):
         Rebalancer(QUICK, START, 0)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_rows_move_away_from_a_slow_rank_and_come_back(seed: int) -> None:
+    """Even traffic, which nobody would move for on equal ranks."""
+
+    def solve(loads_LE: np.ndarray, previous: tuple[Placement, ...]) -> tuple[Placement, ...]:
+        slowness = group.slowness or None
+        return balance(loads_LE, Topology.regular(RANKS, RANKS), CAPACITY, previous=previous, slowness=slowness)
+
+    group = Group(even, seed, solve=solve, noise=0.02)
+    assert group.run(60).bytes_moved == 0
+    before = step_time(group, 10)
+    group.slowness = (1.0, 3.0, 1.0, 1.0)
+    slowed = step_time(group, 2)
+    group.run(90)
+    relieved = step_time(group, 10)
+    assert before < relieved < slowed
+    assert relieved - before < 0.7 * (slowed - before)
+    group.slowness = ()
+    group.run(120)
+    assert step_time(group, 10) < 1.1 * before
