@@ -76,7 +76,7 @@ class Served:
 
     @contextmanager
     def partitioned(self, target: Target) -> Iterator[None]:
-        raise NotPossible("partition: Ray's processes on one machine share its network; see --processes")
+        raise NotPossible("partition: Ray's processes on one machine share its network; see --hosts")
         yield
 
     @contextmanager
