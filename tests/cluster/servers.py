@@ -132,11 +132,13 @@ class Server:
 
 
 @contextmanager
-def serving(*arguments: object, wait_for_ready: bool = True, **more_environment: str) -> Iterator[Server]:
+def serving(
+    *arguments: object, wait_for_ready: bool = True, settings: str = "", **more_environment: str
+) -> Iterator[Server]:
     """A server that is ready, unless told not to wait. Nothing of it outlives the block."""
     with short_home() as home:
         config = home / "serve.toml"
-        config.write_text(SMALL.format(dashboard_port=free_port()))
+        config.write_text(SMALL.format(dashboard_port=free_port()) + settings)
         process = subprocess.Popen(
             moestro("serve", *arguments, "--config", config),
             env=environment(home, **more_environment),
