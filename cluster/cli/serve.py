@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -68,7 +67,7 @@ def _serve(config: Config, console: Console) -> None:
     try:
         with LoadingProgress(console) as progress, running_cluster(config, progress.show) as running:
             progress.stop()
-            console.print(ready_line(config, running.addresses, running.dashboard), highlight=False, soft_wrap=True)
+            console.print(ready_line(config, running), highlight=False, soft_wrap=True)
             _tell_changes(running, console)
     except KeyboardInterrupt:
         console.print("stopped", highlight=False)
@@ -103,9 +102,9 @@ def _interrupt_once() -> None:
         signal.signal(each, interrupt)
 
 
-def ready_line(config: Config, addresses: Sequence[str], dashboard: str) -> str:
-    """What a person needs to make the first call."""
-    cluster, address = config.cluster, addresses[0]
+def ready_line(config: Config, running: Running) -> str:
+    """What a person needs to make the first call, and to change the cluster."""
+    cluster, addresses, address = config.cluster, running.addresses, running.addresses[0]
     ranks = f"{cluster.groups} group{'s' * (cluster.groups > 1)} of dp {cluster.dp} x tp {cluster.tp}"
     lines = [
         f"[bold green]ready[/]  {escape(config.model.served_name)} on {escape(', '.join(addresses))}, {ranks}",
@@ -113,7 +112,7 @@ def ready_line(config: Config, addresses: Sequence[str], dashboard: str) -> str:
         f"  python -c 'from moestro.cluster.client import Client; "
         f'print(Client("{escape(address)}").generate("def fibonacci(n):").text)\'',
     ]
-    if dashboard:
-        lines.append(f"  dashboard  http://{escape(dashboard)}")
+    if running.dashboard:
+        lines.append(f"  dashboard  http://{escape(running.dashboard)}  (--ray-address {escape(running.ray_address)})")
     lines.append("  Ctrl-C stops everything")
     return "\n".join(lines)
