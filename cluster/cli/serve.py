@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -67,7 +68,11 @@ def _serve(config: Config, console: Console) -> None:
     try:
         with LoadingProgress(console) as progress, running_cluster(config, progress.show) as running:
             progress.stop()
-            console.print(ready_line(config, running), highlight=False, soft_wrap=True)
+            console.print(
+                ready_line(config, running.addresses, running.dashboard, running.ray_address),
+                highlight=False,
+                soft_wrap=True,
+            )
             _tell_changes(running, console)
     except KeyboardInterrupt:
         console.print("stopped", highlight=False)
@@ -102,9 +107,9 @@ def _interrupt_once() -> None:
         signal.signal(each, interrupt)
 
 
-def ready_line(config: Config, running: Running) -> str:
+def ready_line(config: Config, addresses: Sequence[str], dashboard: str, ray_address: str) -> str:
     """What a person needs to make the first call, and to change the cluster."""
-    cluster, addresses, address = config.cluster, running.addresses, running.addresses[0]
+    cluster, address = config.cluster, addresses[0]
     ranks = f"{cluster.groups} group{'s' * (cluster.groups > 1)} of dp {cluster.dp} x tp {cluster.tp}"
     lines = [
         f"[bold green]ready[/]  {escape(config.model.served_name)} on {escape(', '.join(addresses))}, {ranks}",
@@ -112,7 +117,7 @@ def ready_line(config: Config, running: Running) -> str:
         f"  python -c 'from moestro.cluster.client import Client; "
         f'print(Client("{escape(address)}").generate("def fibonacci(n):").text)\'',
     ]
-    if running.dashboard:
-        lines.append(f"  dashboard  http://{escape(running.dashboard)}  (--ray-address {escape(running.ray_address)})")
+    if dashboard:
+        lines.append(f"  dashboard  http://{escape(dashboard)}  (--ray-address {escape(ray_address)})")
     lines.append("  Ctrl-C stops everything")
     return "\n".join(lines)
