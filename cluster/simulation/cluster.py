@@ -10,6 +10,7 @@ from typing import Any, cast
 from moestro.cluster.directory_calls import DirectoryCalls, DirectoryServer
 from moestro.cluster.simulation.checks import Reader
 from moestro.cluster.simulation.client import SimulatedClient
+from moestro.cluster.simulation.epochs import Epochs
 from moestro.cluster.simulation.experts import Experts
 from moestro.cluster.simulation.faults import FAULTS
 from moestro.cluster.simulation.gateway import SimulatedGateway
@@ -26,7 +27,8 @@ from moestro.protos.errors import Overloaded, Quarantined, SequenceFailed, Unava
 from moestro.router.parallel import GroupShape
 
 PATIENCE_S = 300.0  # by then every request must have ended
-SETTLE_S = 30.0  # by then everything must be free again
+SETTLE_S = 60.0  # by then everything must be free again
+LOOK_S = 0.5
 
 
 class SimulatedCluster:
@@ -40,9 +42,7 @@ class SimulatedCluster:
         self.failures: list[BaseException] = []
         self._processes: list[Process] = []
         self._rank_deaths_s: list[float] = []
-        self._epochs: dict[str, int] = {}  # by process, the last
-        self._views: dict[tuple[str, int], object] = {}  # by group and epoch
-        self._placements: dict[tuple[str, int], object] = {}  # by group and epoch
+        self._epochs = Epochs(self.failures.append)
         self._incarnations = 0
         self.directory: Host | None = None
         self.handle = cast(DirectoryCalls, Handle(self.network, lambda: self.directory))
@@ -117,18 +117,21 @@ class SimulatedCluster:
                 await asyncio.sleep(0.05)
                 self._check_failures()
         faults = asyncio.create_task(self._do_faults())
-        asking = [client.process.spawn(client.run()) for client in self.clients]
-        async with asyncio.timeout(PATIENCE_S):
-            for task in asking:
-                try:
-                    await task
-                except asyncio.CancelledError:
-                    if not task.cancelled():
-                        raise
+        asking = [client.process.spawn(client.run(), client.process.name) for client in self.clients]
+        await self._wait_for(asking)
         await faults
         self.check_ends()
         await self._settle()
         self._check_failures()
+
+    async def _wait_for(self, asking: list[asyncio.Task[None]]) -> None:
+        """Until every client has its answer or has given up."""
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + PATIENCE_S
+        while waiting := [task.get_name() for task in asking if not task.done()]:
+            assert loop.time() < until_s, f"after {PATIENCE_S:.0f} s {waiting[0]} has not ended"
+            await asyncio.sleep(0.1)
+            self._check_failures()
 
     def _check_failures(self) -> None:
         if self.failures:
@@ -154,17 +157,7 @@ class SimulatedCluster:
         self.trace(worker.process.name, what + " {}", tuple(facts.values()))
         if what == "poisoned":
             asyncio.get_running_loop().call_soon(worker.process.kill)
-        if what == "state":
-            last = self._epochs.get(worker.process.name, 0)
-            assert facts["epoch"] >= last, f"{worker.process.name} went back from epoch {last}"
-            self._epochs[worker.process.name] = facts["epoch"]
-        if what == "placed":
-            key = worker.process.name.split("/")[0], facts["epoch"]
-            placements = self._placements.setdefault(key, facts["placements"])
-            assert placements == facts["placements"], f"two placements in epoch {key}"
-        if what == "view":
-            key = worker.process.name.split("/")[0], facts["view"].epoch
-            assert self._views.setdefault(key, facts["view"]) == facts["view"], f"two views in epoch {key}"
+        self._epochs.observe(worker.process.name, what, facts)
 
     def check_ends(self) -> None:
         for client in self.clients:
@@ -183,14 +176,12 @@ class SimulatedCluster:
         return isinstance(reader.error, Quarantined) and num_deaths >= 2
 
     async def _settle(self) -> None:
-        """Nothing may be left of any request."""
-        loop = asyncio.get_running_loop()
-        until_s = loop.time() + SETTLE_S
-        while (left := self.leftovers()) and loop.time() < until_s:
-            await asyncio.sleep(0.5)
-        assert not left, f"left over: {left}"
-        for group in self.groups:
-            assert group.is_full, f"{group.name} is not whole again"
+        """Nothing may be left of any request, and every group must be whole again."""
+        for _ in range(int(SETTLE_S / LOOK_S)):
+            if not self.leftovers():
+                return
+            await asyncio.sleep(LOOK_S)
+        raise AssertionError(f"left over after {SETTLE_S:.0f} s: {self.leftovers()}")
 
     def leftovers(self) -> list[str]:
         """What should be free when no request is open."""

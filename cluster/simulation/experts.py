@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from moestro.router.placement import EMPTY, Placement, spread
 from moestro.router.rehome import rehome
-from moestro.workers.memory_plan import capacity_of
+from moestro.workers.memory_plan import capacity_of, spare_ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,9 @@ class Experts:
         return tuple(
             rehome([rank[layer] for rank in held], self.num_experts, capacity) for layer in range(self.num_layers)
         )
+
+    def spare_ranks(self, num_ranks: int, tp: int) -> int:
+        return spare_ranks(self.num_experts, num_ranks, tp, self.most_slots)
 
     def at_start(self, num_ranks: int, seat: int) -> Experts:
         """For a worker of a group that begins."""

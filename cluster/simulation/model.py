@@ -76,7 +76,7 @@ class NamedCache:
         for span in plan.spans:
             for group in range(len(self._slots)):
                 for position in range(span.start, span.start + span.length):
-                    if self._rng.random() < 0.5:
+                    if self._rng.random() < 0.9:
                         self._slots[group][self._slot(span, group, position)] = self._rng.getrandbits(60)
 
     def _compute(self, span: Span) -> Sequence[int]:

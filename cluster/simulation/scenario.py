@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -10,6 +11,9 @@ from moestro.cluster.simulation.oracle import EOS, NOT_A_NUMBER, POISON, VOCABUL
 from moestro.protos.sequences import Diagnostics, SamplingParams
 from moestro.workers.sampling.seeds import derive_seed
 from moestro.workers.scheduler_config import CacheGroup, SchedulerConfig
+
+SHAPES = ((1, 2, 1), (1, 3, 1), (1, 3, 1), (1, 4, 1), (2, 2, 1), (2, 1, 1), (1, 2, 2), (1, 3, 2), (2, 1, 2))
+"""Groups, data-parallel and tensor-parallel ranks of each."""
 
 
 class Habit(Enum):
@@ -98,16 +102,17 @@ def draw_scenario(seed: int) -> Scenario:
     """The scenario of a seed."""
     rng = random.Random(f"scenario {seed}")
     scheduler = _scheduler(rng)
-    groups, dp, tp = rng.choice(((1, 2, 1), (1, 3, 1), (1, 4, 1), (2, 2, 1), (2, 1, 1), (1, 2, 2), (2, 1, 2)))
-    span_s = rng.choice((0.2, 1.0, 3.0))
+    groups, dp, tp = rng.choice(SHAPES)
+    span_s = rng.choice((0.1, 0.3, 1.0, 3.0))
     special = rng.random()
-    asks = [_ask(rng, number, scheduler, span_s) for number in range(rng.randint(3, 12))]
+    common = tuple(rng.randrange(1, VOCABULARY) for _ in range(rng.choice((0, 0, 12, 24))))
+    asks = [_ask(rng, number, common, scheduler, span_s) for number in range(rng.randint(3, 12))]
     if special < 0.15:
         asks[0] = _tainted(asks[0], POISON, scheduler)
     elif special < 0.3:
         asks[0] = _tainted(asks[0], NOT_A_NUMBER, scheduler)
     num_experts = rng.randint(4, 8)
-    faults = [_fault(rng, span_s) for _ in range(rng.choice((0, 1, 1, 2, 3, 5)))]
+    fewest_slots = -(-num_experts // (dp * tp))
     return Scenario(
         seed=seed,
         groups=groups,
@@ -117,9 +122,9 @@ def draw_scenario(seed: int) -> Scenario:
         scheduler=scheduler,
         num_experts=num_experts,
         redundant=rng.choice((0, 0, 2)),
-        most_slots=rng.randint(-(-num_experts // (dp * tp)), num_experts),
+        most_slots=rng.choice((fewest_slots, 2 * fewest_slots, num_experts, num_experts)),
         asks=tuple(asks),
-        faults=tuple(sorted(faults, key=lambda fault: fault.at_s)),
+        faults=_faults(rng, asks),
     )
 
 
@@ -140,11 +145,11 @@ def _scheduler(rng: random.Random) -> SchedulerConfig:
     )
 
 
-def _ask(rng: random.Random, number: int, scheduler: SchedulerConfig, span_s: float) -> Ask:
-    prompt = tuple(rng.randrange(1, VOCABULARY) for _ in range(rng.choice((1, 3, 8, 20))))
+def _ask(rng: random.Random, number: int, common: tuple[int, ...], scheduler: SchedulerConfig, span_s: float) -> Ask:
+    prompt = common + tuple(rng.randrange(1, VOCABULARY) for _ in range(rng.choice((1, 3, 8, 20))))
     sampling = SamplingParams(
         temperature=rng.choice((0.0, 1.0)),
-        max_tokens=rng.randint(1, 30),
+        max_tokens=rng.randint(1, 64 - len(prompt) if len(prompt) > 33 else 30),
         min_tokens=rng.choice((0, 0, 1)),
         ignore_eos=rng.random() < 0.3,
         eos_token_ids=(EOS,),
@@ -201,18 +206,28 @@ def _answered(ask: Ask, scheduler: SchedulerConfig) -> Ask:
 
 def _tainted(ask: Ask, token: int, scheduler: SchedulerConfig) -> Ask:
     """A request that does harm; long enough to come to it, and read to its end."""
-    sampling = replace(ask.sampling, max_tokens=20, ignore_eos=True, stop_token_ids=(), prompt_logprobs=None)
+    sampling = replace(ask.sampling, max_tokens=12, ignore_eos=True, stop_token_ids=(), prompt_logprobs=None)
     tainted = replace(
         ask, prompt_ids=(*ask.prompt_ids, token), sampling=sampling, stop_strings=(), n=1, habit=Habit.READS
     )
     return _answered(tainted, scheduler)
 
 
-def _fault(rng: random.Random, span_s: float) -> Fault:
-    return Fault(
-        at_s=0.5 + rng.uniform(0.0, span_s),
-        kind=rng.choice(tuple(FaultKind)),
-        target=rng.randrange(64),
-        other=rng.randrange(64),
-        for_s=rng.choice((0.05, 0.5, 5.0, 15.0)),
+def _faults(rng: random.Random, asks: Sequence[Ask]) -> tuple[Fault, ...]:
+    """Each while some request runs, or soon after another fault: while the cluster recovers from that."""
+    times: list[float] = []
+    for _ in range(rng.choice((0, 1, 1, 2, 3, 5))):
+        if times and rng.random() < 0.5:
+            times.append(times[-1] + rng.uniform(0.0, rng.choice((0.1, 2.0))))
+        else:
+            times.append(rng.choice(asks).at_s + rng.uniform(0.0, 0.25))
+    return tuple(
+        Fault(
+            at_s=at_s,
+            kind=rng.choice((*FaultKind, *[FaultKind.KILL_RANK] * 6)),
+            target=rng.randrange(64),
+            other=rng.randrange(64),
+            for_s=rng.choice((0.05, 0.5, 5.0, 15.0)),
+        )
+        for at_s in sorted(times)
     )

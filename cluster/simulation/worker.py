@@ -65,6 +65,7 @@ class SimulatedWorker:
 
     def form(self, view: View) -> None:
         """Leave whatever it is in, and join a view. Returns at once."""
+        self._observe(self, "view", {"view": view})
         if self._wanted is None or view.epoch > self._wanted.epoch:
             self._wanted = view
             self._formed.set()
@@ -105,7 +106,6 @@ class SimulatedWorker:
         mesh = self._mesh = self._fabric.port(view.epoch, self.worker)
         mesh.join(view)
         self._tell(WorkerPhase.JOINING, view.epoch)
-        self._observe(self, "view", {"view": view})
         peers = _peers(view, self.worker)
         try:
             await self._join(mesh, view, peers, experts)
@@ -129,6 +129,7 @@ class SimulatedWorker:
         await self._load([set(placement.slots[rank]) - {EMPTY} for placement in placements], mesh)
         for told in await mesh.gather(placements, self._costs.forming_s):
             assert told == placements, "the members do not agree where the experts are"
+        self._told = replace(self._told, spare_ranks=experts.spare_ranks(len(held), view.tp))
         self._observe(self, "placed", {"epoch": view.epoch, "placements": placements})
 
     async def _load(self, wanted: list[set[int]], mesh: Mesh | None = None) -> None:
@@ -145,7 +146,8 @@ class SimulatedWorker:
         self.held = wanted
 
     def _tell(self, phase: WorkerPhase, epoch: int | None = None, reason: str = "") -> None:
-        self._told = WorkerState(phase, self._told.epoch if epoch is None else epoch, reason)
+        epoch = self._told.epoch if epoch is None else epoch
+        self._told = replace(self._told, phase=phase, epoch=epoch, reason=reason)
         self._changed()
         self._observe(self, "state", {"phase": phase.value, "epoch": self._told.epoch, "reason": reason})
 

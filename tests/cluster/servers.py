@@ -43,6 +43,9 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]))
     cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")  # with what was compiled for all tests
     new = {"HOME": str(home), "RAY_TMPDIR": str(home), "XDG_CACHE_HOME": cache, "PYTHONPATH": path, "COLUMNS": "200"}
+    new["RAY_worker_niceness"] = (
+        "0"  # Ray puts its workers behind everything else: whatever runs beside would starve them
+    )
     return kept | new | more
 
 

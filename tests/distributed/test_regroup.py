@@ -33,7 +33,7 @@ def alone(folder: Path, num_steps: int) -> list[str]:
 
 def run(folder: Path, groups: list[list[int]], tp: int = 1) -> list[list[dict[str, Any]]]:
     arguments = {"model": str(folder), "groups": groups, "tp": tp, "prompt": PROMPT, "num_steps": NUM_STEPS}
-    return run_processes("tests.distributed.regroup_ranks:through_groups", 4, arguments, timeout_s=60)
+    return run_processes("tests.distributed.regroup_ranks:through_groups", 4, arguments, timeout_s=150)
 
 
 @needs_cpu_kernels

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
-import transformers
 from torch import Tensor
 
 from moestro.workers.batch import Batch, CacheTables
 from moestro.workers.kv_cache import KVCache
 from moestro.workers.model.decoder import Decoder
+
+if TYPE_CHECKING:
+    import transformers  # which processes that only drive a decoder need not load
 
 
 @torch.no_grad()
