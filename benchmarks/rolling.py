@@ -95,8 +95,14 @@ def serving(drain_s: float) -> Iterator[tuple[str, Callable[..., None]]]:
         return [sys.executable, "-m", "moestro.cluster.cli.main", *arguments]
 
     def change(*arguments: str) -> None:
+        ray_address = re.findall(r"--ray-address ([^\s)]+)", log.read_text())[0]
         said = subprocess.run(
-            command(*arguments), env=env, capture_output=True, text=True, timeout=CHANGE_LIMIT_S, check=False
+            command(*arguments, "--ray-address", ray_address),
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=CHANGE_LIMIT_S,
+            check=False,
         )
         if said.returncode:
             raise RuntimeError(f"{' '.join(arguments)}: {said.stderr}")

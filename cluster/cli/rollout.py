@@ -15,7 +15,7 @@ from moestro.cluster.directory import GroupEntry
 from moestro.protos.errors import ConfigError
 
 RayAddress = Annotated[
-    str, typer.Option(help="The cluster's Ray, as auto or host:port; auto: the one started on this machine last.")
+    str, typer.Option(help="The cluster's Ray, as the ready line tells it; auto: the one on this machine.")
 ]
 
 

@@ -68,7 +68,11 @@ def _serve(config: Config, console: Console) -> None:
     try:
         with LoadingProgress(console) as progress, running_cluster(config, progress.show) as running:
             progress.stop()
-            console.print(ready_line(config, running.addresses, running.dashboard), highlight=False, soft_wrap=True)
+            console.print(
+                ready_line(config, running.addresses, running.dashboard, running.ray_address),
+                highlight=False,
+                soft_wrap=True,
+            )
             _tell_changes(running, console)
     except KeyboardInterrupt:
         console.print("stopped", highlight=False)
@@ -103,8 +107,8 @@ def _interrupt_once() -> None:
         signal.signal(each, interrupt)
 
 
-def ready_line(config: Config, addresses: Sequence[str], dashboard: str) -> str:
-    """What a person needs to make the first call."""
+def ready_line(config: Config, addresses: Sequence[str], dashboard: str, ray_address: str) -> str:
+    """What a person needs to make the first call, and to change the cluster."""
     cluster, address = config.cluster, addresses[0]
     ranks = f"{cluster.groups} group{'s' * (cluster.groups > 1)} of dp {cluster.dp} x tp {cluster.tp}"
     lines = [
@@ -114,6 +118,6 @@ def ready_line(config: Config, addresses: Sequence[str], dashboard: str) -> str:
         f'print(Client("{escape(address)}").generate("def fibonacci(n):").text)\'',
     ]
     if dashboard:
-        lines.append(f"  dashboard  http://{escape(dashboard)}")
+        lines.append(f"  dashboard  http://{escape(dashboard)}  (--ray-address {escape(ray_address)})")
     lines.append("  Ctrl-C stops everything")
     return "\n".join(lines)

@@ -37,11 +37,12 @@ class StartFailed(MoestroError):
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A cluster that serves: where its gateways listen (host:port), the dashboard's address ("" if none), and
+    """A cluster that serves: where its gateways listen (host:port), the dashboard's address ("" if none), Ray's, and
     ``watch(version)``, which answers when the directory has another version, or after half a second."""
 
     addresses: tuple[str, ...]
     dashboard: str
+    ray_address: str
     groups: tuple[GroupEntry, ...]
     watch: Callable[[int], Snapshot]
 
@@ -72,7 +73,7 @@ def running_cluster(config: Config, on_progress: Progress) -> Iterator[Running]:
 
         snapshot = watch(-1)
         addresses = tuple(sorted({gateway.address for gateway in snapshot.gateways}))
-        yield Running(addresses, dashboard, snapshot.groups, watch)
+        yield Running(addresses, dashboard, ray.get_runtime_context().gcs_address, snapshot.groups, watch)
 
 
 def quiet_ray() -> None:

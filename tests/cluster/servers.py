@@ -103,6 +103,12 @@ class Server:
         assert match, self.text
         return match[1]
 
+    @property
+    def ray_address(self) -> str:
+        match = re.search(r"--ray-address ([^\s)]+)", self.text)
+        assert match, self.text
+        return match[1]
+
     def client(self, retries: int = 0) -> Client:
         return Client(self.address, timeout_s=60.0, retries=retries)
 

@@ -5,6 +5,7 @@ two groups behind two gateways. The tests share it and run in this order.
 from __future__ import annotations
 
 import re
+import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -113,16 +114,21 @@ def test_a_killed_gateway_takes_only_its_own_connections(server: Server) -> None
     assert [ask(server) for _ in range(4)] == [expected[:8]] * 4
 
 
+def change(server: Server, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """``auto`` might find another Ray of this machine."""
+    return run(server.home, *arguments, "--ray-address", server.ray_address)
+
+
 def test_it_shrinks_and_is_replaced_and_grows_under_load_without_a_failed_request(server: Server) -> None:
     asked = [Asked.of(seed, vocab_size=250, max_tokens=100) for seed in range(8)]
     config = server.home / "update.toml"
     config.write_text("[scheduler]\nmax_num_tokens = 512\n")
     expected = ask(server, LONG)
     with SteadyLoad(server.address, asked, clients=3, seed=0) as load, ThreadPoolExecutor(1) as pool:
-        shrunk = run(server.home, "scale", "--groups", 1, "--gateways", 1)
+        shrunk = change(server, "scale", "--groups", 1, "--gateways", 1)
         long = pool.submit(stream, server, 3 * LONG)  # longer than anybody waits for it
-        updated = run(server.home, "update", "--config", config)
-        grown = run(server.home, "scale", "--groups", 2)
+        updated = change(server, "update", "--config", config)
+        grown = change(server, "scale", "--groups", 2)
         assert long.result()[:LONG] == expected
         assert len(long.result()) == 3 * LONG
     assert load.tally.is_clean, load.tally
@@ -142,12 +148,12 @@ def test_it_shrinks_and_is_replaced_and_grows_under_load_without_a_failed_reques
 def test_what_cannot_change_while_it_serves_is_refused(server: Server, tmp_path: Path) -> None:
     config = tmp_path / "update.toml"
     config.write_text('[model]\ndtype = "float32"\n')
-    refused = run(server.home, "update", "--config", config)
+    refused = change(server, "update", "--config", config)
     assert (refused.returncode, refused.stdout) == (1, "")
     assert refused.stderr == (
         "error: model.dtype: cannot change while the cluster serves: it is 'auto', got 'float32'\n"
     )
-    refused = run(server.home, "scale", "--groups", 0)
+    refused = change(server, "scale", "--groups", 0)
     assert refused.returncode == 1
     assert "cluster.groups" in refused.stderr
     assert "greater than or equal to 1" in refused.stderr

@@ -160,9 +160,10 @@ def test_addresses_a_client_can_call() -> None:
 
 def test_what_an_operator_is_told() -> None:
     config = load_config(None, {"model": {"name": "[red]x"}, "cluster": {"groups": 2, "dp": 1}})
-    text = Text.from_markup(ready_line(config, ["[::1]:7", "b:8"], "127.0.0.1:8265")).plain
+    text = Text.from_markup(ready_line(config, ["[::1]:7", "b:8"], "127.0.0.1:8265", "127.0.0.1:6379")).plain
     assert text.startswith("ready  [red]x on [::1]:7, b:8, 2 groups of dp 1 x tp 1\n")
     assert 'Client("[::1]:7")' in text
+    assert "http://127.0.0.1:8265  (--ray-address 127.0.0.1:6379)" in text
 
 
 def group_of(*states: RankState, epoch: int = 1) -> GroupEntry:
