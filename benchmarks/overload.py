@@ -6,9 +6,9 @@ A gateway and a rank, in processes of their own; the rank is the real one but fo
 time (``paced_rank``). Peak is the best of a closed loop of many clients and of every level, round by round. Each level
 is an open loop with Poisson arrivals at so many times the closed loop's rate; every request has a deadline. Goodput
 counts the tokens of requests that came to their end in time. Beside it the same gateway without admission: everything
-goes to the rank's own line. ``filled`` is the share of the rank's seats that were taken in its steps, which does not
-depend on how fast this machine is meanwhile. In ``fairness`` one client keeps some hundred requests open while another
-asks for one at a time.
+goes to the rank's own line. ``filled`` is the share of the rank's seats that were taken in its steps, ``useful`` the
+share that made goodput: neither depends on how fast this machine is meanwhile. In ``fairness`` one client keeps some
+hundred requests open while another asks for one at a time.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from benchmarks.rounds import spread
 from rich.console import Console
 from rich.table import Table
 
+from moestro.cluster.edge.admission import GIVEN_UP
 from moestro.cluster.edge.grpc_services import CLIENT_KEY
 from moestro.cluster.edge.tickets import AdmissionLimits
 from moestro.protos.gen import inference_pb2 as pb
@@ -61,6 +62,12 @@ class Answer:
     done_s: float = 0.0
     token_times_s: list[float] = field(default_factory=list)
     code: str = "OK"
+    message: str = ""
+
+    @property
+    def was_let_in(self) -> bool:
+        """And given up in the line, of one that was refused."""
+        return self.message in GIVEN_UP.values()
 
 
 class LoopDelay:
@@ -96,7 +103,7 @@ class Side:
             async for _ in call:
                 answer.token_times_s.append(time.perf_counter() - start_s)
         except grpc.aio.AioRpcError as error:
-            answer.code = error.code().name
+            answer.code, answer.message = error.code().name, error.details() or ""
         answer.done_s = time.perf_counter() - start_s
         return answer
 
@@ -202,14 +209,18 @@ def level(it: Side, seconds: float, run: Callable[[], Awaitable[list[Answer]]]) 
     answers = asyncio.run(beside(delay, run()))
     resident, _, prefilled, steps = it.observe()
     taken = [count for time_s, count in steps if WARM_S < time_s - start_s <= seconds]
-    refusals = sorted(a.done_s - a.sent_s for a in answers if a.code == "RESOURCE_EXHAUSTED")
+    refused = [a for a in answers if a.code == "RESOURCE_EXHAUSTED"]
+    refusals = sorted(a.done_s - a.sent_s for a in refused if not a.was_let_in)
+    useful = goodput(answers, seconds) * (seconds - WARM_S)
     completed = sum(a.code == "OK" for a in answers)
     return {
         "goodput": goodput(answers, seconds),
         "filled": sum(taken) / (SEATS * len(taken)),
+        "useful": useful / (SEATS * len(taken)),
         "requests": len(answers),
         "completed": completed,
-        "refused": len(refusals),
+        "refused_on_arrival": len(refusals),
+        "given_up_in_line": len(refused) - len(refusals),
         "deadline_passed": sum(a.code == "DEADLINE_EXCEEDED" for a in answers),
         "prefilled_in_vain": prefilled - completed,
         "refusal_p50_ms": 1e3 * refusals[len(refusals) // 2] if refusals else 0.0,
@@ -230,6 +241,8 @@ def one_round(with_it: Side, without: Side, seed: int, seconds: float) -> dict[s
     for name, it in (("", with_it), ("fifo_", without)):
         row |= {f"{name}{key}": value for key, value in asyncio.run(fairness(it, seed, seconds)).items()}
     peak = max(value for key, value in row.items() if key.endswith("goodput") or key == "closed_loop")
+    most = max(value for key, value in row.items() if key.endswith("useful"))
+    row |= {f"{factor}x_useful_of_most": row[f"{factor}x_useful"] / most for factor in FACTORS}
     row |= {f"{factor}x_of_peak": row[f"{factor}x_goodput"] / peak for factor in FACTORS}
     row |= {f"fifo_{factor}x_of_peak": row[f"fifo_{factor}x_goodput"] / peak for factor in FACTORS}
     return row | {"peak": peak}

@@ -256,6 +256,8 @@ class Membership:
     def _settle(self, now_s: float) -> None:
         """All that are left serve: writes down what it took."""
         self._tries, self._has_settled = 0, True
+        for worker in self.members():
+            worker.serving_since_s = min(worker.serving_since_s, now_s)
         if self._lost_s is not None:
             self.totals = self.totals.recovered(now_s - self._lost_s)
             self._lost_s = None

@@ -73,7 +73,7 @@ class Tracked:
     moved_s: float  # when it was last seen to get on
     state: WorkerState = field(default_factory=lambda: WorkerState(WorkerPhase.LOADING))
     called_s: float = math.inf  # when it was called into the present view
-    serving_since_s: float = math.inf  # the first time
+    serving_since_s: float = math.inf  # the first time that a view with it was settled
     fault: str = ""  # why it is to be killed and takes part in nothing any more
     has_answered: bool = False
 
@@ -95,8 +95,6 @@ class Tracked:
         before, self.state, self.heard_s, self.has_answered = self.state, state, now_s, True
         if _place(before) != _place(state):
             self.moved_s = now_s
-        if state.phase is WorkerPhase.SERVING and not self.has_served:
-            self.serving_since_s = now_s
 
     def serves(self, epoch: int) -> bool:
         return self.state.phase is WorkerPhase.SERVING and self.state.epoch == epoch

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:  # who only needs shapes is quicker without
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ ever run, and pickled weights are never opened.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ class Checkpoint:
     folder: Path
     config: ModelConfig
     pieces: Mapping[str, Piece]  # by our names
+    stamps: Mapping[Path, tuple[int, ...]]  # of the files that were checked, see ``stamp``
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
@@ -50,7 +52,14 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     config = parse_config(read_json(folder / "config.json"))
-    return Checkpoint(folder, config, _place(config, _find_tensors(folder)))
+    pieces = _place(config, _find_tensors(folder))
+    files = {piece.info.file for piece in pieces.values()}
+    return Checkpoint(folder, config, pieces, {file: stamp(os.stat(file)) for file in files})
+
+
+def stamp(status: os.stat_result) -> tuple[int, ...]:
+    """What is another number once a file was replaced or written to."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def check_tokenizer(folder: str | Path) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moestro.protos.errors import ConfigError
 from moestro.protos.sequences import EngineLimits, EngineLoad
@@ -12,6 +12,7 @@ from moestro.workers.loading import OnProgress
 from moestro.workers.rank_setup import RankSpec
 from moestro.workers.worker import Worker
 
+_PATIENT_S = 60.0  # nobody would form the group again
 _NO_STORE = StoreAddress("", 0)  # nobody to meet
 
 
@@ -43,7 +44,8 @@ def build_rank(spec: RankSpec, place: GroupPlace | None = None, on_progress: OnP
         if spec.shape.world_size != 1:
             raise ConfigError(f"a rank alone has dp 1 and tp 1, not {spec.shape.dp} and {spec.shape.tp}")
         place = GroupPlace(0, 0, _NO_STORE)
-    worker = Worker(spec, place.store, place.rank, place.rank, hostname=place.hostname, on_progress=on_progress)
+    patient = replace(spec, watchdog_s=spec.watchdog_s or _PATIENT_S)
+    worker = Worker(patient, place.store, place.rank, place.rank, hostname=place.hostname, on_progress=on_progress)
     loaded = worker.load()
     everyone = tuple(Member(rank, rank) for rank in range(spec.shape.world_size))
     worker.form(View(place.epoch + 1, everyone, spec.shape.tp))

@@ -24,7 +24,7 @@ from moestro.kernels.plain import PlainBackend
 from moestro.protos.errors import CheckpointError
 from moestro.router.expert_parallel import ExpertParallel, all_here
 from moestro.router.parallel import NoTensorParallel, TensorParallel
-from moestro.workers.checkpoint import Checkpoint, open_checkpoint
+from moestro.workers.checkpoint import Checkpoint, open_checkpoint, stamp
 from moestro.workers.model.decoder import Decoder, build_decoder, build_share
 from moestro.workers.model.weights import WeightSource
 from moestro.workers.model_config import ModelConfig
@@ -182,7 +182,7 @@ class CheckpointSource:
     ) -> None:
         """Files are opened once each and closed with ``stack``."""
         self.dtype, self.device, self.backend = dtype, device, backend
-        self._pieces = checkpoint.pieces
+        self._pieces, self._stamps = checkpoint.pieces, checkpoint.stamps
         self._stack = stack
         self._files: dict[Path, BinaryIO] = {}
         self._need, self._on_progress = need, on_progress
@@ -232,7 +232,11 @@ class CheckpointSource:
     def _open(self, path: Path) -> BinaryIO:
         if path not in self._files:
             try:
-                self._files[path] = self._stack.enter_context(path.open("rb"))
+                file = self._stack.enter_context(path.open("rb"))
+                now = stamp(os.fstat(file.fileno()))
             except OSError as error:
                 raise CheckpointError(f"{path.name}: cannot be read: {error.strerror}") from None
+            if now != self._stamps[path]:
+                raise CheckpointError(f"{path.name}: the file is another than when it was checked")
+            self._files[path] = file
         return self._files[path]

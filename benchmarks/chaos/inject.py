@@ -48,9 +48,15 @@ async def inject(system: System, fault: Fault, struck: Callable[[str], None]) ->
         struck(name)
 
 
-def num_hit(fault: Fault) -> int:
-    """Ranks."""
-    return 0 if fault.kind in _ROLES or fault.kind is Kind.FULL_DISK else 1 + (fault.kind is Kind.KILL_TWO_RANKS)
+def ranks_lost(system: System, fault: Fault) -> int:
+    """At most so many ranks are lost by it."""
+    if fault.kind is Kind.FULL_DISK:
+        return 0
+    return system.ranks_lost_with(_ROLES.get(fault.kind, Role.RANK)) * _num_hit(fault)
+
+
+def _num_hit(fault: Fault) -> int:
+    return 2 if fault.kind is Kind.KILL_TWO_RANKS else 1
 
 
 def choose(fault: Fault, among: Sequence[Target]) -> list[Target]:
@@ -60,7 +66,7 @@ def choose(fault: Fault, among: Sequence[Target]) -> list[Target]:
         if not among:
             raise NotNow("nobody is there")
         return [fault.choose(among)]
-    hits = num_hit(fault)
+    hits = _num_hit(fault)
     first = among.index(fault.choose(among)) if among else 0
     chosen = [among[(first + offset) % len(among)] for offset in range(min(hits, len(among)))]
     units = {_unit(target) for target in among} - {_unit(target) for target in chosen}

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from benchmarks.chaos.inject import inject, num_hit
+from benchmarks.chaos.inject import inject, ranks_lost
 from benchmarks.chaos.load import Load, fault_free
 from benchmarks.chaos.plan import Fault, Kind
 from benchmarks.chaos.records import Record
@@ -121,7 +121,7 @@ class Experiment:
                     await asyncio.wait(running)
                 await self._wait_whole()
             await asyncio.sleep(fault.after_s)
-            if self._serving() <= num_hit(fault) * self._system.tp:  # those that load do not count yet
+            if self._serving() <= ranks_lost(self._system, fault):  # of nothing, nothing can be kept
                 continue
             try:
                 await self._start(fault, running)

@@ -20,7 +20,7 @@ from benchmarks.chaos.ports import free_port
 from benchmarks.chaos.system import NotPossible, Role, Target
 
 ROOT = Path(__file__).resolve().parents[2]
-START_S, STOP_S = 120.0, 60.0
+START_S, STOP_S = 300.0, 60.0
 
 # What Ray titles the process of an actor, by role. Those of Serve's replicas have the deployment's name in them.
 _TITLES = {
@@ -44,6 +44,10 @@ class Shape:
     def num_ranks(self) -> int:
         return self.groups * self.dp * self.tp
 
+    def ranks_lost_with(self, role: Role) -> int:
+        """See ``System``."""
+        return {Role.RANK: self.tp, Role.SUPERVISOR: self.dp * self.tp, Role.HEAD: self.num_ranks}.get(role, 0)
+
 
 @dataclass(frozen=True)
 class Served:
@@ -58,9 +62,8 @@ class Served:
     def num_ranks(self) -> int:
         return self.shape.num_ranks
 
-    @property
-    def tp(self) -> int:
-        return self.shape.tp
+    def ranks_lost_with(self, role: Role) -> int:
+        return self.shape.ranks_lost_with(role)
 
     def processes(self) -> Sequence[psutil.Process]:
         return [self.server, *self.server.children(recursive=True)]
@@ -73,7 +76,7 @@ class Served:
 
     @contextmanager
     def partitioned(self, target: Target) -> Iterator[None]:
-        raise NotPossible("partition: Ray's processes on one machine share its network; see --processes")
+        raise NotPossible("partition: Ray's processes on one machine share its network; see --hosts")
         yield
 
     @contextmanager

@@ -48,9 +48,8 @@ class Sparing:
     def num_ranks(self) -> int:
         return self.system.num_ranks
 
-    @property
-    def tp(self) -> int:
-        return self.system.tp
+    def ranks_lost_with(self, role: Role) -> int:
+        return self.system.ranks_lost_with(role)
 
     def targets(self, role: Role) -> Sequence[Target]:
         spared = 1 if role in (Role.RANK, Role.GATEWAY) else 0

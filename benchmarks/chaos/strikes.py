@@ -49,7 +49,7 @@ def seen(at_s: float, status: ClusterStatus) -> Seen:
         at_s,
         tuple((group.name, group.epoch) for group in status.groups),
         serving=sum(rank.state == "serving" for rank in ranks),
-        stragglers=sum(getattr(rank, "straggler", False) for rank in ranks),
+        stragglers=sum(rank.straggler for rank in ranks),
         open_streams=status.open_streams,
         busy_blocks=sum(rank.kv_blocks_used for rank in ranks),
     )

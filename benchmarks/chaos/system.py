@@ -48,9 +48,9 @@ class System(Protocol):
     def num_ranks(self) -> int:
         """Of all groups together, at full strength."""
 
-    @property
-    def tp(self) -> int:
-        """Ranks of a tensor-parallel set, of which none is of use without the others."""
+    def ranks_lost_with(self, role: Role) -> int:
+        """How many ranks go with one process of that role: a tensor-parallel set with a rank, a group with its
+        supervisor."""
 
     def targets(self, role: Role) -> Sequence[Target]:
         """The processes of that role that are alive, in an order that does not depend on chance."""

@@ -23,7 +23,7 @@ MIN_RETRY_S = 0.1
 UNKNOWN_RETRY_S = 1.0  # while nothing has been measured
 
 
-_GIVEN_UP = {
+GIVEN_UP = {
     Refusal.FULL: "the line is full, and this client has the most in it",
     Refusal.WAIT: "it has waited as long as it may",
     Refusal.DEADLINE: "it can no longer end before its deadline",
@@ -208,7 +208,7 @@ class Admission:
 
     def _give_up(self, ticket: Ticket, reason: Refusal, now_s: float) -> None:
         self._leave(ticket)
-        ticket.refusal = self.refuse(reason, _GIVEN_UP[reason], now_s)
+        ticket.refusal = self.refuse(reason, GIVEN_UP[reason], now_s)
         self._settled.append(ticket)
 
     def _leave(self, ticket: Ticket) -> None:

@@ -150,7 +150,9 @@ class RankLink:
 
     def fail(self, reason: str) -> None:
         """Its streams go on elsewhere, at once."""
-        failure = EngineLost(f"a rank was lost: {reason}", died=self.is_computing, engine=self.address)
+        failure = EngineLost(
+            f"a rank was lost: {reason}", died=self.is_computing, engine=f"{self.group} {self.address}".strip()
+        )
         self._streams.fail(failure)
 
     def _take(self, step: pb.Step) -> None:

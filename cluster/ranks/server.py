@@ -43,6 +43,7 @@ CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", int(ALIVE_S * 1000)),
     ("grpc.keepalive_timeout_ms", int(ALIVE_S * 1000)),
+    ("grpc.http2.ping_timeout_ms", int(ALIVE_S * 1000)),  # of other pings, which one to keep alive does not overtake
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", int(ALIVE_S * 500)),
 )

@@ -22,7 +22,7 @@ from moestro.cluster.serving.app import APP_NAME, build_app
 from moestro.cluster.serving.plan import Plan
 from moestro.cluster.serving.ports import check_port, check_ray
 from moestro.cluster.serving.reasons import reason_in
-from moestro.cluster.serving.specs import gpus_per_rank
+from moestro.cluster.serving.specs import gpus_per_rank, has_size
 from moestro.protos.errors import MoestroError
 
 POLL_S = 0.1
@@ -191,7 +191,8 @@ def wait_until_running(config: Config, directory: Any, on_progress: Progress) ->
     deadline = time.monotonic() + config.cluster.start_timeout_s
     while True:
         application = serve.status().applications[APP_NAME]
-        if application.status is ApplicationStatus.RUNNING:
+        replicas = {name: each.replica_states for name, each in application.deployments.items()}
+        if application.status is ApplicationStatus.RUNNING and has_size(config, replicas):
             return
         if application.status is ApplicationStatus.DEPLOY_FAILED:
             messages = [each.message for each in application.deployments.values()]

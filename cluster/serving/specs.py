@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from moestro.cluster.config import Config
 
@@ -44,6 +45,14 @@ def has_room(bundles: list[dict[str, float]], available: dict[str, float]) -> bo
     """Whether resources suffice, taken together: how they lie on the nodes is Ray's to find out."""
     names = {name for bundle in bundles for name in bundle}
     return all(sum(bundle.get(name, 0.0) for bundle in bundles) <= available.get(name, 0.0) for name in names)
+
+
+def has_size(config: Config, replicas: Mapping[str, Mapping[str, int]]) -> bool:
+    """Whether, by deployment and state, all replicas run that are wanted and there are no others: Serve calls an
+    application running while what has to go still drains."""
+    wanted = {"Directory": 1, "Group": config.cluster.groups, "Gateway": config.cluster.gateways}
+    present = {name: {state: count for state, count in each.items() if count} for name, each in replicas.items()}
+    return present == {name: {"RUNNING": count} for name, count in wanted.items()}
 
 
 def group_of_actor(name: str) -> str | None:

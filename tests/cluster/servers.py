@@ -43,6 +43,9 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]))
     cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")  # with what was compiled for all tests
     new = {"HOME": str(home), "RAY_TMPDIR": str(home), "XDG_CACHE_HOME": cache, "PYTHONPATH": path, "COLUMNS": "200"}
+    new["RAY_worker_niceness"] = (
+        "0"  # Ray puts its workers behind everything else: whatever runs beside would starve them
+    )
     return kept | new | more
 
 
@@ -129,11 +132,13 @@ class Server:
 
 
 @contextmanager
-def serving(*arguments: object, wait_for_ready: bool = True, **more_environment: str) -> Iterator[Server]:
+def serving(
+    *arguments: object, wait_for_ready: bool = True, settings: str = "", **more_environment: str
+) -> Iterator[Server]:
     """A server that is ready, unless told not to wait. Nothing of it outlives the block."""
     with short_home() as home:
         config = home / "serve.toml"
-        config.write_text(SMALL.format(dashboard_port=free_port()))
+        config.write_text(SMALL.format(dashboard_port=free_port()) + settings)
         process = subprocess.Popen(
             moestro("serve", *arguments, "--config", config),
             env=environment(home, **more_environment),

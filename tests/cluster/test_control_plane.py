@@ -22,11 +22,13 @@ from moestro.protos.errors import Unavailable
 
 PROMPT = [5, 17, 200, 33, 71, 9]
 LONG = 1000
+PATIENT = "[recovery]\nwatchdog_s = 60.0\n"  # nothing hangs here, however slow the machine is
 
 
 @pytest.fixture(scope="module")
 def server(checkpoint: Path) -> Iterator[Server]:
-    with serving(checkpoint, "--groups", 2, "--dp", 1, "--gateways", 2, "--port", free_port()) as server:
+    options = ("--groups", 2, "--dp", 1, "--gateways", 2, "--port", free_port())
+    with serving(checkpoint, *options, settings=PATIENT) as server:
         yield server
 
 

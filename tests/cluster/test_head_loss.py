@@ -43,7 +43,7 @@ class Served:
 def served(checkpoint: Path) -> Iterator[Served]:
     with two_nodes() as nodes:
         config = nodes.home / "serve.toml"
-        config.write_text(SMALL.format(dashboard_port=0))
+        config.write_text(SMALL.format(dashboard_port=0) + "[recovery]\nwatchdog_s = 60.0\n")
         address = f"127.0.0.1:{free_port()}"
         options = ("--dp", 2, "--port", address.rpartition(":")[2], "--ray-address", nodes.address, "--config", config)
         log = nodes.home / "serve.log"

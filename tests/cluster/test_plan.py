@@ -9,7 +9,7 @@ import pytest
 
 from moestro.cluster.config import ClusterConfig, Config, SchedulerSection, ServerConfig, load_config
 from moestro.cluster.serving.plan import FIXED, Plan
-from moestro.cluster.serving.specs import group_of_actor, group_resources, has_room
+from moestro.cluster.serving.specs import group_of_actor, group_resources, has_room, has_size
 from moestro.protos.errors import ConfigError
 
 PLAN = Plan(Config(cluster=ClusterConfig(groups=2, dp=4), server=ServerConfig(port=6000)), "secret", 0.0)
@@ -82,3 +82,19 @@ def test_there_is_room_when_all_resources_suffice() -> None:
 def test_a_ranks_actor_names_its_group() -> None:
     assert group_of_actor("group-12 rank 3 epoch 4") == "group-12"
     assert group_of_actor("SERVE_REPLICA::moestro#Group#x1") is None
+
+
+@pytest.mark.parametrize(
+    ("groups", "done"),
+    [
+        ({"RUNNING": 2, "STOPPING": 0}, True),
+        ({"RUNNING": 2, "STOPPING": 1}, False),
+        ({"RUNNING": 2, "STARTING": 1}, False),
+        ({"RUNNING": 1}, False),
+        ({}, False),
+    ],
+)
+def test_a_change_is_over_when_what_goes_has_gone(groups: dict[str, int], done: bool) -> None:
+    rest = {"Directory": {"RUNNING": 1}, "Gateway": {"RUNNING": 1}}
+    assert has_size(PLAN.config, rest | {"Group": groups}) is done
+    assert not has_size(PLAN.config, {"Group": groups})

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from moestro.cluster.cli.changes import changes
 from moestro.cluster.cli.serve import ready_line
+from moestro.cluster.client_results import cluster_status
 from moestro.cluster.config import load_config
 from moestro.cluster.delta_streams import DeltaStreams
 from moestro.cluster.directory import GroupEntry, RankEntry, RankState
@@ -128,14 +129,19 @@ def test_a_group_as_the_status_call_tells_it() -> None:
         RankEntry(rank // 2, rank % 2, RankState.SERVING, "" if rank % 2 else f"h:{rank}", resident_bytes=rank)
         for rank in range(4)
     )
-    loads = {"h:0": EngineLoad(1, 2, 3, 4, 5, 0.5), "h:2": EngineLoad(num_steps=9)}
-    message = group_message(GroupEntry("group-1", 2, 2, 7, ranks), loads)
+    loads = {"h:0": EngineLoad(1, 2, 3, 4, 5, 0.5), "h:2": EngineLoad(num_steps=9, slowness=2.5)}
+    message = group_message(GroupEntry("group-1", 2, 2, 7, ranks, activity="draining", spare_ranks=2), loads)
     assert (message.name, message.dp, message.tp, message.epoch) == ("group-1", 2, 2, 7)
     assert [rank.name for rank in message.ranks] == [f"group-1 rank {number}" for number in range(4)]
     assert [rank.num_steps for rank in message.ranks] == [5, 5, 9, 9]  # a peer does what its leader does
     first = message.ranks[1]
     assert (first.num_running, first.num_waiting, first.kv_blocks_used, first.kv_blocks_total) == (1, 2, 3, 4)
     assert (first.step_seconds, first.resident_bytes, first.state) == (0.5, 1, pb.RANK_STATE_SERVING)
+    assert [(rank.slowness, rank.straggler) for rank in message.ranks] == [(1, False)] * 2 + [(2.5, True)] * 2
+    assert (message.activity, message.spare_ranks) == ("draining", 2)
+    told = cluster_status(pb.GetClusterStatusResponse(groups=[message])).groups[0]
+    assert (told.activity, told.spare_ranks) == ("draining", 2)
+    assert [(rank.slowness, rank.straggler) for rank in told.ranks[1:3]] == [(1.0, False), (2.5, True)]
 
 
 @pytest.mark.parametrize("state", RankState)

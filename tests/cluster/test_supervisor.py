@@ -69,6 +69,10 @@ class Process:
             asyncio.get_running_loop().call_later(JOIN_S, self.serve, view)
 
     def serve(self, view: View) -> None:
+        """A little later in each seat."""
+        asyncio.get_running_loop().call_later(0.01 * self.seat, self.serves, view)
+
+    def serves(self, view: View) -> None:
         here = [self.group.processes[member.worker] for member in view.members]
         if all(p.report.state.epoch == view.epoch and not p.stopped and not p.ended.done() for p in here):
             self.tell(state=WorkerState(P.SERVING, view.epoch, spare_ranks=len(here) - self.group.fewest))
@@ -160,6 +164,23 @@ def test_a_loss_is_told_at_once_and_made_good() -> None:
         assert entry.ranks[1].address == "h:3"
         assert (entry.recovery.losses, entry.recovery.recoveries, entry.recovery.restorations) == (1, 1, 1)
         supervisor.check()
+
+    supervised(scenario)
+
+
+def test_a_newcomer_serves_when_the_epoch_that_it_came_with_does() -> None:
+    """A gateway attaches with the group's epoch, and a rank that is further refuses it."""
+
+    async def scenario(group: Group, supervisor: Supervisor) -> None:
+        await asyncio.sleep(10)
+        group.processes[1].end("exit code -9")
+        await asyncio.sleep(LOAD_S + 0.2)
+        seen = []
+        for _ in range(200):
+            entry = supervisor.entry
+            seen.append((entry.ranks[1].state, entry.epoch))
+            await asyncio.sleep(0.005)
+        assert list(dict.fromkeys(seen)) == [(RankState.STARTING, 2), (RankState.SERVING, 3)]
 
     supervised(scenario)
 

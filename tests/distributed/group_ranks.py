@@ -113,13 +113,18 @@ def _all_here(store: Any, what: str, world_size: int) -> None:
 def with_kernels_of_its_own(rank: int, world_size: int, address: StoreAddress, model: str) -> str:
     """What a rank says whose host has led to other kernels than its peer's."""
     spec = RankSpec(model, shape=GroupShape(world_size), kernels="auto" if rank == 0 else "plain", threads=1)
-    states: list[WorkerState] = []
-    worker = Worker(spec, address, rank, rank, on_state=states.append)
+    reasons: list[str] = []
+
+    def told(state: WorkerState) -> None:
+        if state.phase is WorkerPhase.BROKEN:
+            reasons.append(state.reason)
+            worker.stop()
+
+    worker = Worker(spec, address, rank, rank, on_state=told)
     worker.load()
     worker.form(View(1, tuple(Member(each, each) for each in range(world_size))))
-    threading.Timer(5.0, worker.stop).start()
     try:
         worker.run(lambda output: None)
     except ConfigError as error:
         return str(error)
-    return next(state.reason for state in states if state.phase is WorkerPhase.BROKEN)
+    return reasons[0]

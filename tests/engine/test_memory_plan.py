@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import psutil
 import pytest
+import torch
+from benchmarks.small_models import make_model, save_model
 
 from moestro.protos.errors import ExpertsDoNotFit
+from moestro.workers.checkpoint import open_checkpoint
+from moestro.workers.loading import load_share
 from moestro.workers.memory_plan import MemoryPlan, capacity_of, spare_ranks
+from moestro.workers.memory_use import HEADROOM, most_slots
+from moestro.workers.model.decoder import Decoder
 
 
 def test_slots_are_what_fits_beside_everything_else() -> None:
@@ -43,3 +52,20 @@ def test_spare_ranks(num_ranks: int, tp: int, most_slots: int, spare: int) -> No
 
 def test_a_dense_model_needs_one_set() -> None:
     assert spare_ranks(0, 6, 2, 0) == 4
+
+
+def share(tmp_path: Path) -> tuple[Decoder, int]:
+    """Of eight experts three, and the bytes of one in both layers."""
+    checkpoint = open_checkpoint(save_model(make_model("qwen3_moe", seed=3), tmp_path))
+    model = load_share(checkpoint, [(0, 1, 2)] * 2)
+    return model, 2 * next(iter(model.banks.values())).experts.shape.num_bytes
+
+
+def test_what_a_rank_uses_now_is_measured_and_what_it_has_read_fits_anyhow(tmp_path: Path) -> None:
+    model, slot = share(tmp_path)
+    cpu, cache = torch.device("cpu"), 2**20
+    used = psutil.Process().memory_info().rss
+    roomy = int((used + cache + 1000 * slot) / (1 - HEADROOM))
+    assert most_slots(model, cpu, cache, roomy, 1) == pytest.approx(1003, abs=100)
+    assert most_slots(model, cpu, cache, 2**20, 1) == 3
+    assert most_slots(model, cpu, cache, 0, 1) > most_slots(model, cpu, cache, 0, 2) > 1000

@@ -216,6 +216,17 @@ def test_a_rank_that_cannot_read_fails_alone_and_says_truly_what_it_holds(checkp
         check_weights(one.model, load_model(checkpoint))
 
 
+def test_a_checkpoint_that_was_replaced_is_not_read(tmp_path: Path) -> None:
+    """Its experts are another model's."""
+    checkpoint = open_checkpoint(save_model(make_model("qwen3_moe", seed=3), tmp_path))
+    (model,) = shares(checkpoint, [(0, 1, 2)])
+    save_model(make_model("qwen3_moe", seed=4), tmp_path)
+    (error,) = together([model], join(checkpoint))
+    assert isinstance(error, CheckpointError)
+    assert str(error) == "model.safetensors: the file is another than when it was checked"
+    assert held(model)[0] == (0, 1, 2, *[EMPTY] * 5)
+
+
 def test_a_group_that_is_over_ends_the_reading_between_two_experts(checkpoint: Checkpoint) -> None:
     over = threading.Event()
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,3 +109,11 @@ def test_rooms_are_namespace_folders_behind_committed_links() -> None:
         assert link.resolve() == ROOT / room
         assert (ROOT / room / "py.typed").exists()
         assert not list((ROOT / room).rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("name", ["moestro.cluster.gateway", "moestro.cluster.client", "moestro.cluster.directory"])
+def test_what_computes_nothing_imports_no_torch(name: str) -> None:
+    """It would cost each gateway 200 MB and its start some seconds."""
+    code = f"import sys, {name}; sys.exit('torch' in sys.modules)"
+    path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": path})

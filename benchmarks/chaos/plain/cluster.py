@@ -29,7 +29,7 @@ from moestro.cluster.client import Client
 from moestro.cluster.config import Config
 from moestro.protos.errors import MoestroError
 
-START_S = 120.0
+START_S = 300.0
 _ROLES = {Role.GATEWAY: "gateway", Role.SUPERVISOR: "group", Role.DIRECTORY: "directory"}
 
 
@@ -47,9 +47,8 @@ class Plain:
     def num_ranks(self) -> int:
         return self.shape.num_ranks
 
-    @property
-    def tp(self) -> int:
-        return self.shape.tp
+    def ranks_lost_with(self, role: Role) -> int:
+        return self.shape.ranks_lost_with(role)
 
     def processes(self) -> Sequence[psutil.Process]:
         found = []

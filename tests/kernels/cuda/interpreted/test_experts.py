@@ -182,3 +182,13 @@ def test_an_expert_is_replaced(name):
     after_RD = experts.apply(x_RD, counts_L)
     assert torch.equal(after_RD[2:5], want_RD[2:5])
     assert torch.equal(after_RD[[0, 1, 5]], before_RD[[0, 1, 5]])
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8"])
+def test_slots_come_and_go(name):
+    experts = make(16, 24, 3, seed=6, **FORMATS[name])
+    x_RD = torch.randn(6, 24, generator=torch.Generator().manual_seed(8)).bfloat16()
+    want_RD = experts.apply(x_RD, torch.tensor([2, 2, 2]))
+    again = experts.with_slots([2, None, 0, 1]).with_slots([2, 3, 0])
+    assert again.num_slots == 3
+    assert torch.equal(again.apply(x_RD, torch.tensor([2, 2, 2])), want_RD)
