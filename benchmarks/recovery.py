@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from benchmarks.chaos.plan import Fault, Kind
 from benchmarks.chaos.plain.cluster import plain
+from benchmarks.chaos.plan import Fault, Kind
 from benchmarks.chaos.plot import save_plot
 from benchmarks.chaos.report import figures, is_good, table
 from benchmarks.chaos.requests import Mix
