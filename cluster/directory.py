@@ -20,7 +20,7 @@ from itertools import count
 from moestro.cluster.membership_records import RecoveryTotals
 
 EXPIRY_S = 10.0  # who has not reported for so long is silent
-FORGET_S = 600.0  # a group that is silent or lost and not replaced is no longer there
+FORGET_S = 600.0  # a group that served when it fell silent and is not replaced is no longer there
 DEAF_S = 3.0  # somebody asks or reports several times a second
 SETTLE_S = 6.0  # groups report every half second and gateways every two, once they have found the new directory
 
@@ -196,7 +196,7 @@ class Directory:
         if not self.settled:
             return
         for name, group in list(self.groups.items()):
-            if now_s - self.seen_s[name] > FORGET_S:
+            if now_s - self.seen_s[name] > (FORGET_S if group.is_serving else EXPIRY_S):
                 self.remove(name, group.epoch)
             elif now_s - self.seen_s[name] > EXPIRY_S and not group.is_lost:
                 self.groups[name] = replace(group, is_silent=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
 from moestro.cluster.config import Config, load_config
 from moestro.cluster.directory import GroupEntry, Snapshot
@@ -61,6 +62,9 @@ def connected(ray_address: str) -> Iterator[RunningCluster]:
     check_ray(ray_address)
     quiet_ray()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if ray_address.rpartition(":")[0] in ("localhost", "127.0.0.1", ray.util.get_node_ip_address()):
+        # Of itself Ray shows its token only to a cluster that it has found itself; one on this machine is as near.
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
         try:
             ray.init(address=ray_address, namespace=APP_NAME, log_to_driver=False, logging_level=logging.ERROR)

@@ -119,6 +119,10 @@ def change(server: Server, *arguments: object) -> subprocess.CompletedProcess[st
     return run(server.home, *arguments, "--ray-address", server.ray_address)
 
 
+def told(server: Server, words: str) -> int:
+    return sum(words in line for line in server.lines[5:])
+
+
 def test_it_shrinks_and_is_replaced_and_grows_under_load_without_a_failed_request(server: Server) -> None:
     asked = [Asked.of(seed, vocab_size=250, max_tokens=100) for seed in range(8)]
     config = server.home / "update.toml"
@@ -134,15 +138,15 @@ def test_it_shrinks_and_is_replaced_and_grows_under_load_without_a_failed_reques
     assert load.tally.is_clean, load.tally
     commands = (shrunk, updated, grown)
     assert [each.returncode for each in commands] == [0, 0, 0], [each.stderr for each in commands]
-    assert re.fullmatch(r"group-\d has left\n1 group of dp 1 x tp 1, 1 gateway\n", shrunk.stderr)
-    assert updated.stderr.count("serves, epoch") == updated.stderr.count("has left") == 1
+    assert shrunk.stderr.endswith("1 group of dp 1 x tp 1, 1 gateway\n")
+    assert updated.stderr.count("serves, epoch") == 1
     assert updated.stderr.endswith("updated: 1 group of dp 1 x tp 1, 1 gateway\n")
-    assert re.fullmatch(r"group-\d serves, epoch \d\n2 groups of dp 1 x tp 1, 1 gateway\n", grown.stderr)
+    assert re.search(r"group-\d serves, epoch \d\n2 groups of dp 1 x tp 1, 1 gateway\n$", grown.stderr)
     assert len(server.find("ray::Rank")) == 2
     assert len(server.find("moestro:Gateway")) == 1
     # The one in the foreground tells the same.
-    told = " ".join(server.lines[5:])
-    assert (told.count("serves, epoch"), told.count("has left"), told.count("lost")) == (2, 2, 0)
+    until(lambda: told(server, "serves, epoch") == told(server, "has left") == 2, 20.0)
+    assert told(server, "lost") == 0
 
 
 def test_what_cannot_change_while_it_serves_is_refused(server: Server, tmp_path: Path) -> None:

@@ -114,9 +114,10 @@ def test_who_is_silent_for_too_long_is_gone(silent_s: float, gone: bool) -> None
     assert directory.snapshot().groups[0].is_serving
 
 
-def test_who_is_lost_and_not_replaced_is_forgotten_in_the_end() -> None:
+def test_who_served_and_fell_silent_and_is_not_replaced_is_forgotten_in_the_end() -> None:
     directory = Directory()
     group = directory.begin(1, 1, 0.0)
+    directory.put(serving(group), 0.0)
     directory.expire(EXPIRY_S + 1)
     directory.expire(FORGET_S)
     assert directory.snapshot().groups[0].is_silent
@@ -213,3 +214,13 @@ def test_one_that_was_cut_off_settles_without_those_who_stay_silent() -> None:
     directory.expire(100.1 + SETTLE_S)
     assert directory.settled
     assert directory.snapshot().groups[0].is_silent
+
+
+@pytest.mark.parametrize("state", [RankState.DRAINING, RankState.LOST, RankState.STARTING])
+def test_a_silent_group_that_served_nobody_is_forgotten(state: RankState) -> None:
+    directory = Directory()
+    directory.put(serving(directory.begin(1, 1, 0.0), state), 1.0)
+    directory.expire(1.0 + EXPIRY_S)
+    assert directory.snapshot().groups != ()
+    directory.expire(1.1 + EXPIRY_S)
+    assert directory.snapshot().groups == ()
