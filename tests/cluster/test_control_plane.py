@@ -33,8 +33,8 @@ def server(checkpoint: Path) -> Iterator[Server]:
         yield server
 
 
-# A connection of its own for each client, so that the kernel spreads them over the gateways, and patience with a machine
-# that is slow to accept it.
+# A connection of its own for each client, so that the kernel spreads them over the gateways, and patience with a
+# machine that is slow to accept it.
 OWN = {"grpc.use_local_subchannel_pool": 1, "grpc.min_reconnect_backoff_ms": 20_000}
 
 
