@@ -33,9 +33,13 @@ def server(checkpoint: Path) -> Iterator[Server]:
         yield server
 
 
+# A connection of its own for each client, so that the kernel spreads them over the gateways, and patience with a
+# machine that is slow to accept it.
+OWN = {"grpc.use_local_subchannel_pool": 1, "grpc.min_reconnect_backoff_ms": 20_000}
+
+
 def connect(server: Server) -> Client:
-    """Over a connection of its own, so that the kernel spreads the calls over the gateways."""
-    with patch("moestro.cluster.client.CHANNEL_OPTIONS", (*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1))):
+    with patch("moestro.cluster.client.CHANNEL_OPTIONS", tuple((dict(CHANNEL_OPTIONS) | OWN).items())):
         return server.client()
 
 

@@ -29,12 +29,12 @@ class Served:
     foreground: subprocess.Popen[bytes]
 
     def ask(self, max_tokens: int) -> tuple[int, ...]:
-        with Client(self.address, timeout_s=60.0, retries=0) as client:
+        with Client(self.address, timeout_s=60.0) as client:
             answer = client.generate(PROMPT, max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
             return tuple(answer.choices[0].token_ids)
 
     def picture(self) -> list[tuple[str, int, list[str]]]:
-        with Client(self.address, timeout_s=60.0, retries=0) as client:
+        with Client(self.address, timeout_s=60.0) as client:
             groups = client.status().groups
         return [(group.name, group.epoch, [rank.state for rank in group.ranks]) for group in groups]
 
