@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from moestro.kernels.backend import Spans
-from moestro.kernels.grouped_experts import Expert, mix_sorted
+from moestro.kernels.grouped_experts import Expert, ExpertShape, mix_sorted
 from moestro.kernels.linear import PackedLinear, PlainLinear
 from moestro.kernels.paged_attention import write_kv_
 from moestro.kernels.rms_norm import rms_norm
@@ -48,6 +48,7 @@ class AnyRows:
 class AnyRowsExperts:
     """One product per expert that has rows."""
 
+    shape: ExpertShape
     expert_L: tuple[Expert, ...]
 
     def apply(self, x_RD: Tensor, counts_L: Tensor) -> Tensor:
@@ -128,7 +129,8 @@ def _mlp(mlp: Any) -> Any:
         return replace(mlp, gate_up=AnyRows(mlp.gate_up), down=AnyRows(mlp.down))
     bank = mlp.bank
     experts: Any = AnyRowsExperts(
-        tuple(Expert(AnyRows(each.gate_up), AnyRows(each.down)) for each in bank.experts.expert_L)
+        bank.experts.shape,
+        tuple(Expert(AnyRows(each.gate_up), AnyRows(each.down)) for each in bank.experts.expert_L),
     )
     gate = replace(mlp.gate, linear=AnyRows(mlp.gate.linear))
     return replace(mlp, gate=gate, mixture=LocalMixture(ExpertBank(bank.prefix, experts, bank.held, bank.layout)))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from benchmarks.chaos.plain.cluster import plain
 from benchmarks.chaos.plan import Fault, Kind
 from benchmarks.chaos.plot import save_plot
 from benchmarks.chaos.report import figures, is_good, table
@@ -46,6 +47,7 @@ def main(
     dp: int = 3,
     clients: Annotated[int, typer.Option(min=1)] = 9,
     seed: int = 0,
+    without_ray: Annotated[bool, typer.Option("--without-ray", help="The same parts as plain processes.")] = False,
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/recovery.json"),
 ) -> None:
     """Ends with 1 when a request was lost or an answer differed."""
@@ -56,13 +58,18 @@ def main(
     def tell(line: str) -> None:
         console.print(line, highlight=False)
 
-    with served(shape) as system:
+    started = plain(shape) if without_ray else served(shape)
+    with started as system:
         result = asyncio.run(Experiment(system, settings, rounds_of(rounds), tell).run())
     told = figures(result)
     console.print(table(told))
     for line in told["wrong"]:
         tell(line)
-    record = {"hardware": hardware_record(), "settings": {**asdict(settings), **asdict(shape)}, "results": told}
+    record = {
+        "hardware": hardware_record(),
+        "settings": {**asdict(settings), **asdict(shape), "ray": not without_ray},
+        "results": told,
+    }
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(record, indent=2) + "\n")
     save_plot(

@@ -6,7 +6,7 @@ import asyncio
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -75,8 +75,8 @@ class Watch:
                 key = process.pid, process.create_time()
                 if process.status() == psutil.STATUS_ZOMBIE:
                     continue
-                if key not in self.histories:
-                    self.histories[key] = History(title_of(process), process.pid)
+                known = self.histories.get(key, History("", process.pid))
+                self.histories[key] = replace(known, title=title_of(process))  # Ray gives an actor its title later
                 sample = Sample(now_s, process.memory_full_info().uss, process.num_fds(), process.num_threads())
                 self.histories[key].samples.append(sample)
 

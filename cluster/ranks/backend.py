@@ -86,6 +86,7 @@ class ClusterBackend:
         self._limits: EngineLimits | None = None
         self._attached = asyncio.Event()
         self._turn = 0
+        self._num_links = 0  # ever made
 
     @property
     def limits(self) -> EngineLimits:
@@ -184,9 +185,9 @@ class ClusterBackend:
         try:
             while address in self._wanted:
                 standing = self._wanted[address]
-                link = RankLink(
-                    address, self._gateway_id, self._secret, standing.epoch, self._on_lost, self._open_channel
-                )
+                self._num_links += 1  # a rank may not have noticed yet that the last one broke
+                name = f"{self._gateway_id}.{self._num_links}"
+                link = RankLink(address, name, self._secret, standing.epoch, self._on_lost, self._open_channel)
                 link.group = standing.group
                 try:
                     self._limits = await link.connect()

@@ -36,12 +36,13 @@ def open_channel(address: str) -> grpc.aio.Channel:
 
 
 class RankLink:
-    """One attached stream. ``on_lost`` is called once, on the loop, when the rank cannot be reached any more."""
+    """One attached stream. ``name`` is of this link alone: the rank knows the sequences of a gateway by it. ``on_lost``
+    is called once, on the loop, when the rank cannot be reached any more."""
 
     def __init__(
         self,
         address: str,
-        gateway_id: str,
+        name: str,
         secret: str,
         epoch: int,
         on_lost: Callable[[RankLink], None],
@@ -52,12 +53,12 @@ class RankLink:
         self.limits: EngineLimits | None = None
         self.group = ""  # as the directory names it
         self.is_computing = True  # else whatever it ends of, no request of ours has caused it
-        self._hello = pb.AttachRequest(hello=pb.Hello(gateway_id=gateway_id, epoch=epoch))
+        self._hello = pb.AttachRequest(hello=pb.Hello(gateway_id=name, epoch=epoch))
         self._metadata = ((SECRET_KEY, secret),)
         self._on_lost = on_lost
         self._channel = open_channel(address)
         self._outgoing: asyncio.Queue[pb.AttachRequest | None] = asyncio.Queue()  # None: nothing more
-        self._streams = DeltaStreams(gateway_id, self._cancel)
+        self._streams = DeltaStreams(name, self._cancel)
         self._reader: asyncio.Task[None] | None = None
 
     @property

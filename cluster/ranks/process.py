@@ -114,6 +114,7 @@ class RankProcess:
         if place.gently:
             gentle()
         try:
+            from moestro.router.native import build as boards
             from moestro.workers.device import freeze_heap
             from moestro.workers.worker import Worker
 
@@ -133,6 +134,7 @@ class RankProcess:
                 on_progress=on_progress,
             )
             loaded = worker.load(place.held)
+            boards.prepare()  # a first start compiles them; the forming of a view does not wait for that
             freeze_heap()
         except Exception as error:
             loop.call_soon_threadsafe(loading.set_exception, error)

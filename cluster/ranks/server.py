@@ -35,6 +35,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 SECRET_KEY = "moestro-secret"
 MAX_MESSAGE_BYTES = 64 * 2**20  # a prompt of a million tokens is about 4 MB; logprobs of one about 250 B a token
 MAX_UNSENT_DELTAS = 2**18  # a gateway that lags so far behind is cut off, or its deltas would fill our memory
+IN_USE = "its id is in use by a sequence of another connection"
 
 
 ALIVE_S = 4.0  # a machine that is gone closes no connection: each end asks the other so often, and waits so long
@@ -248,8 +249,10 @@ class RankServer(rank_pb2_grpc.RankServiceServicer):
     async def _read(self, requests: AsyncIterator[pb.AttachRequest], outbox: _Outbox) -> None:
         async for request in requests:
             kind = request.WhichOneof("message")
-            if kind == "submit":
-                self._owner[request.submit.sequence_id] = outbox
+            if kind == "submit" and self._owner.setdefault(request.submit.sequence_id, outbox) is not outbox:
+                outbox.add().MergeFrom(pb.Delta(sequence_id=request.submit.sequence_id, error=IN_USE, refused=True))
+                outbox.ready.set()
+            elif kind == "submit":
                 self._none_open.clear()
                 outbox.sequences[request.submit.sequence_id] = None
                 if self._draining:

@@ -13,7 +13,7 @@ from moestro.cluster.simulation.experts import Experts
 from moestro.cluster.simulation.mesh import EpochBroken, Fabric, Mesh
 from moestro.cluster.simulation.turns import Output, Poisoned, Turns
 from moestro.cluster.simulation.virtual_time import Process
-from moestro.protos.errors import CheckpointError
+from moestro.protos.errors import CheckpointError, ExpertsDoNotFit
 from moestro.router.placement import EMPTY
 from moestro.router.view import View
 from moestro.workers.scheduler_config import SchedulerConfig
@@ -113,7 +113,7 @@ class SimulatedWorker:
             while True:
                 await self._running.wait()
                 await self.turns.turn(mesh, peers, self._pause)
-        except EpochBroken as broken:
+        except (EpochBroken, ExpertsDoNotFit) as broken:
             mesh.abort(str(broken))
             self._tell(WorkerPhase.BROKEN, reason=str(broken))
 

@@ -22,11 +22,18 @@ def load() -> ModuleType:
     return MODULE.load()
 
 
-def main() -> None:
+def prepare() -> str:
+    """Compiles the module where that has not been done; why it cannot be, in words, or nothing."""
     try:
         load()
     except BuildError as error:
-        print(f"no boards: {error}")
+        return str(error)
+    return ""
+
+
+def main() -> None:
+    if reason := prepare():
+        print(f"no boards: {reason}")
 
 
 if __name__ == "__main__":

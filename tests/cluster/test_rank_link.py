@@ -345,6 +345,46 @@ def test_a_group_that_leaves_gets_no_more_requests_but_ends_those_it_has() -> No
     asyncio.run(scenario())
 
 
+def test_a_rank_never_sees_a_name_of_an_earlier_connection_again() -> None:
+    """Found by the simulator (seed 1822): a gateway had lost its connection and made a new one before the rank noticed.
+    What was replayed had the name of what still ran, and tokens of one went to the other."""
+
+    async def scenario() -> None:
+        async with serving() as (rank, address, _):
+            backend = ClusterBackend("gw", "s3cret")
+            here = GroupEntry("g", 1, 1, 2, (RankEntry(0, 0, RankState.SERVING, address),))
+            backend.update([here])
+            await asyncio.wait_for(backend.available(), 5.0)
+            first = backend.start([request("same")])
+            await until(lambda: len(rank.requests) == 1)
+            backend.update([])  # what runs may finish over the old connection
+            backend.update([here])
+            await asyncio.wait_for(backend.available(), 5.0)
+            second = backend.start([request("same")])
+            await until(lambda: len(rank.requests) == 2)
+            old, new = (each.sequence_id for each in rank.requests)
+            assert old != new
+            rank.answer(SequenceDelta(old, (1,)), SequenceDelta(new, (2,)))
+            assert await asyncio.wait_for(second.next(), 5.0) == [SequenceDelta("same", (2,))]
+            assert await asyncio.wait_for(first.next(), 5.0) == [SequenceDelta("same", (1,))]
+            await backend.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_rank_refuses_a_name_that_another_connection_uses() -> None:
+    async def scenario() -> None:
+        async with serving() as (rank, address, _), attached(address) as one, attached(address) as other:
+            first = one.start([request("same")])
+            await until(lambda: len(rank.requests) == 1)
+            with pytest.raises(Overloaded, match="in use"):
+                await asyncio.wait_for(other.start([request("same")]).next(), 5.0)
+            rank.answer(SequenceDelta(rank.requests[0].sequence_id, (1,)))
+            assert await asyncio.wait_for(first.next(), 5.0) == [SequenceDelta("same", (1,))]
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize(
     ("secret", "epoch", "reason"), [("wrong", 2, "not a gateway"), ("s3cret", 1, "epoch 1 is over")]
 )
