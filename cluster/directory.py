@@ -20,6 +20,7 @@ from itertools import count
 from moestro.cluster.membership_records import RecoveryTotals
 
 EXPIRY_S = 10.0  # who has not reported for so long is silent
+START_S = 120.0  # one that starts may be busy importing and not come to report
 FORGET_S = 600.0  # a group that served when it fell silent and is not replaced is no longer there
 DEAF_S = 3.0  # somebody asks or reports several times a second
 SETTLE_S = 6.0  # groups report every half second and gateways every two, once they have found the new directory
@@ -196,9 +197,10 @@ class Directory:
         if not self.settled:
             return
         for name, group in list(self.groups.items()):
-            if now_s - self.seen_s[name] > (FORGET_S if group.is_serving else EXPIRY_S):
+            silent_s = now_s - self.seen_s[name]
+            if silent_s > _kept_s(group):
                 self.remove(name, group.epoch)
-            elif now_s - self.seen_s[name] > EXPIRY_S and not group.is_lost:
+            elif silent_s > EXPIRY_S and group.is_serving and not group.is_silent:
                 self.groups[name] = replace(group, is_silent=True)
                 self.version += 1
         for name in list(self.gateways):
@@ -220,3 +222,10 @@ class Directory:
         if not self.settled and (heard or now_s - self.born_s > SETTLE_S):
             self.settled = True
             self.version += 1
+
+
+def _kept_s(group: GroupEntry) -> float:
+    """How long a group that does not report keeps its place."""
+    if group.is_serving:
+        return FORGET_S
+    return START_S if all(rank.state is RankState.STARTING for rank in group.ranks) else EXPIRY_S

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,15 @@ from ray import serve
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
 from moestro.cluster.config import Config, load_config
-from moestro.cluster.directory import GroupEntry, Snapshot
+from moestro.cluster.directory import GroupEntry
 from moestro.cluster.serving.app import APP_NAME
 from moestro.cluster.serving.launch import ASK_S, StartFailed, applications, deploy, quiet_ray, wait_until_running
 from moestro.cluster.serving.plan import Plan
 from moestro.cluster.serving.ports import check_ray
 from moestro.cluster.serving.reasons import reason_in
 from moestro.cluster.serving.specs import group_resources, has_room
+
+PLAN_S = 60.0  # without it nothing can be changed: worth the wait for a directory that is being replaced
 
 Progress = Callable[[tuple[GroupEntry, ...]], None]
 
@@ -44,15 +46,15 @@ class RunningCluster:
         return self._change(self.plan.updated(load_config(file, {}, base=self.plan.config)), on_progress)
 
     def _change(self, plan: Plan, on_progress: Progress) -> Config:
-        on_progress(self._groups())
+        self._show(on_progress)
         deploy(plan, groups_surge=has_room(group_resources(plan.config, plan.gpus_per_rank), ray.available_resources()))
         wait_until_running(plan.config, self.directory, on_progress)
-        on_progress(self._groups())
+        self._show(on_progress)
         return plan.config
 
-    def _groups(self) -> tuple[GroupEntry, ...]:
-        snapshot: Snapshot = self.directory.watch.remote(-1).result(timeout_s=ASK_S)
-        return snapshot.groups
+    def _show(self, on_progress: Progress) -> None:
+        with suppress(Exception):  # a directory that is busy or being replaced stops no rollout
+            on_progress(self.directory.watch.remote(-1).result(timeout_s=ASK_S).groups)
 
 
 @contextmanager
@@ -73,6 +75,6 @@ def connected(ray_address: str) -> Iterator[RunningCluster]:
         if APP_NAME not in applications():
             raise StartFailed(f"ray-address: no Moestro cluster runs at {ray_address}")
         directory = serve.get_deployment_handle("Directory", APP_NAME)
-        yield RunningCluster(directory.plan.remote().result(timeout_s=ASK_S), directory)
+        yield RunningCluster(directory.plan.remote().result(timeout_s=PLAN_S), directory)
     finally:
         ray.shutdown()

@@ -10,6 +10,7 @@ from moestro.cluster.directory import (
     EXPIRY_S,
     FORGET_S,
     SETTLE_S,
+    START_S,
     Directory,
     GatewayEntry,
     GroupEntry,
@@ -216,7 +217,19 @@ def test_one_that_was_cut_off_settles_without_those_who_stay_silent() -> None:
     assert directory.snapshot().groups[0].is_silent
 
 
-@pytest.mark.parametrize("state", [RankState.DRAINING, RankState.LOST, RankState.STARTING])
+def test_a_group_that_is_slow_to_start_keeps_its_name() -> None:
+    directory = Directory()
+    first = directory.begin(1, 1, 0.0)
+    directory.expire(EXPIRY_S + 1)
+    assert directory.begin(1, 1, EXPIRY_S + 1).name == "group-1"
+    assert directory.put(serving(first), EXPIRY_S + 2)
+    directory.expire(START_S + 2)
+    assert [group.name for group in directory.snapshot().groups] == ["group-0", "group-1"]
+    directory.expire(START_S + EXPIRY_S + 2)
+    assert [group.name for group in directory.snapshot().groups] == ["group-0"]
+
+
+@pytest.mark.parametrize("state", [RankState.DRAINING, RankState.LOST])
 def test_a_silent_group_that_served_nobody_is_forgotten(state: RankState) -> None:
     directory = Directory()
     directory.put(serving(directory.begin(1, 1, 0.0), state), 1.0)
