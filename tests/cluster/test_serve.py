@@ -228,7 +228,7 @@ def _ask(url: str, token: str) -> object:
 
 def test_our_log_lines_are_in_rays_logs(server: Server) -> None:
     logs = "\n".join(path.read_text() for path in server.home.glob("ray/session_2*/logs/worker-*.err"))
-    assert "INFO moestro.cluster.serving.rank_actor: group-0 rank 1 serves at 127.0.0.1:" in logs
+    assert "INFO moestro.cluster.ranks.process: group-0 rank 1 is ready at 127.0.0.1:" in logs
 
 
 def test_sigterm_lets_a_stream_finish_and_leaves_nothing(server: Server) -> None:
