@@ -51,7 +51,9 @@ def main(
     """Exit code 0 only when no request failed and no answer was wrong."""
     console = Console()
     asked = [Asked.of(1000 * seed + number, VOCAB_SIZE, max_tokens) for number in range(16)]
-    rows = []
+    rows: list[dict[str, float]] = []
+    settings = {"runs": runs, "clients": clients, "max_tokens": max_tokens, "drain_s": drain_s, "seed": seed}
+    hardware = hardware_record()
     with serving(drain_s) as (address, change):
         for number in range(runs):
             row: dict[str, float] = {}
@@ -66,10 +68,9 @@ def main(
             console.print(f"run {number}: " + ", ".join(f"{key} {value:.4g}" for key, value in rows[-1].items()))
             for failure in tally.failures:
                 console.print(f"  {failure}", highlight=False)
-    total = {key: sum(row[key] for row in rows) for key in ("answered", "wrong", "failed")}
-    settings = {"runs": runs, "clients": clients, "max_tokens": max_tokens, "drain_s": drain_s, "seed": seed}
-    record = {"hardware": hardware_record(), "settings": settings, "total": total, "spread": spread(rows), "runs": rows}
-    output.write_text(json.dumps(record, indent=2) + "\n")
+            total = {key: sum(row[key] for row in rows) for key in ("answered", "wrong", "failed")}
+            record = {"hardware": hardware, "settings": settings, "total": total, "spread": spread(rows), "runs": rows}
+            output.write_text(json.dumps(record, indent=2) + "\n")
     console.print(f"{total}; written to {output}", highlight=False)
     if total["failed"] or total["wrong"] or not total["answered"]:
         raise typer.Exit(1)
