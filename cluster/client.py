@@ -21,13 +21,12 @@ import grpc
 
 from moestro.cluster import client_calls as calls
 from moestro.cluster.client_async import AsyncClient
-from moestro.cluster.client_attempts import Attempts, Route, addresses_of, error_from, was_cut_off
+from moestro.cluster.client_attempts import Attempts, Route, addresses_of, error_from
 from moestro.cluster.client_calls import CHANNEL_OPTIONS, Call, Messages, Options, StreamCall
 from moestro.cluster.client_progress import Progress
 from moestro.cluster.client_results import ClusterStatus, GroupExperts, Incident, ModelInfo, ServerInfo
 from moestro.cluster.edge.events import Completion, StreamEvent, gather
 from moestro.cluster.edge.request_ids import new_request_id
-from moestro.protos.errors import Overloaded, Unavailable
 from moestro.protos.experts import PlacementRequest
 
 __all__ = ["AsyncClient", "Client", "Completion", "Options", "StreamEvent"]
@@ -152,13 +151,9 @@ class Client:
             time.sleep(pause_s)
 
     def _after(self, failure: grpc.RpcError, address: str, attempts: Attempts) -> float:
-        """Seconds to wait before the next attempt. Raises what the failure means when there is none."""
-        error = error_from(failure)
         if self._closed:
-            raise error from failure
-        if isinstance(error, Unavailable | Overloaded):
-            self._route.failed(address)
-        return attempts.pause_after(error, was_cut_off(failure))
+            raise error_from(failure) from failure
+        return self._route.after(failure, address, attempts)
 
     def _attempts(self, timeout_s: float | None) -> Attempts:
         timeout_s = self._timeout_s if timeout_s is None else timeout_s

@@ -45,6 +45,14 @@ class Route:
         if address == self.address:
             self._at = (self._at + 1) % len(self._addresses)
 
+    def after(self, failure: grpc.RpcError, address: str, attempts: Attempts) -> float:
+        """Seconds to wait before the next attempt at a call that failed at ``address``. Raises what the failure means
+        when there is none."""
+        error = error_from(failure)
+        if isinstance(error, Unavailable | Overloaded):
+            self.failed(address)
+        return attempts.pause_after(error, was_cut_off(failure))
+
 
 class Attempts:
     """How often and until when one call is tried: one that was refused or found nobody, ``retries`` times; one that was

@@ -81,33 +81,6 @@ def encode_completion(completion: Completion) -> bytes:
     return message.SerializeToString()
 
 
-def decode_completion(message: pb.CompleteResponse) -> Completion:
-    """The inverse of encode_completion."""
-    choices = []
-    for choice in message.choices:
-        reason = FINISH_FROM_PROTO[choice.finish_reason]
-        if reason is None:
-            raise ValueError(f"choice {choice.index} of a whole answer has no finish reason")
-        choices.append(
-            Choice(
-                index=choice.index,
-                text=choice.text,
-                token_ids=tuple(choice.token_ids),
-                finish_reason=reason,
-                logprobs=_decode_logprobs(choice.logprobs),
-                stop_string=choice.stop_string if choice.HasField("stop_string") else None,
-            )
-        )
-    return Completion(
-        request_id=message.request_id,
-        model=message.model,
-        seed=message.seed,
-        choices=tuple(choices),
-        usage=_decode_usage(message.usage),
-        prompt_logprobs=_decode_logprobs(message.prompt_logprobs) or None,
-    )
-
-
 def _fill_delta(target: pb.ChoiceDelta | pb.Choice, delta: ChoiceDelta | Choice) -> None:
     target.index = delta.index
     target.text = delta.text
