@@ -23,6 +23,7 @@ class DirectoryFollower:
         self._directory = directory
         self._update = update
         self._groups: tuple[GroupEntry, ...] = ()
+        self._epochs: dict[str, int] = {}  # the last heard of each group, of those that are gone too
         self._gateway: GatewayEntry | None = None
 
     async def follow(self) -> None:
@@ -38,6 +39,8 @@ class DirectoryFollower:
                 continue
             version = snapshot.version
             self._groups = snapshot.over(self._groups)
+            for group in self._groups:
+                self._epochs[group.name] = max(group.epoch, self._epochs.get(group.name, 0))
             self._update(self._groups)
             if not snapshot.settled:  # it is new, and may give away an epoch that nobody else remembers
                 await self.tell()
@@ -57,4 +60,4 @@ class DirectoryFollower:
         """Once, if the directory can be reached; the next report reaches the next one."""
         if self._gateway is not None:
             with contextlib.suppress(Exception):
-                await self._directory.put_gateway(self._gateway, {group.name: group.epoch for group in self._groups})
+                await self._directory.put_gateway(self._gateway, dict(self._epochs))

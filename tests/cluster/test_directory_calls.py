@@ -73,6 +73,29 @@ def test_a_gateway_keeps_what_it_knows_until_a_new_directory_has_heard_everybody
     run(test())
 
 
+def test_a_gateway_remembers_the_epoch_of_a_group_that_has_gone() -> None:
+    """Found by the simulator (seeds 100538, 100648): it forgot, and a new directory gave an epoch away again."""
+
+    async def test() -> None:
+        directory, seen = Replaceable(), list[tuple[GroupEntry, ...]]()
+        follower = DirectoryFollower(directory, seen.append)
+        await directory.put(group(7))
+        following = asyncio.create_task(follower.follow())
+        await follower.arrive(GATEWAY)
+        await until(lambda: seen and seen[-1] == (group(7),))
+        await directory.remove("group-0", 7)
+        await until(lambda: seen[-1] == ())
+        directory.lose("group-1")  # who has not told yet, so the gateway has time to
+        beginning = asyncio.create_task(directory.begin(1, 1))
+        await asyncio.sleep(1.2)
+        await directory.put(group(2, "group-1"))
+        begun = await beginning
+        assert (begun.name, begun.epoch) == ("group-0", 8)
+        following.cancel()
+
+    run(test())
+
+
 def test_a_new_group_waits_for_a_settled_directory_and_gets_an_epoch_that_nobody_has_seen() -> None:
     async def test() -> None:
         directory = Replaceable()
