@@ -76,7 +76,7 @@ class RankLink:
         stub = rank_pb2_grpc.RankServiceStub(self._channel)
         call = stub.Attach(self._requests(), metadata=self._metadata)
         try:
-            first = await call.read()
+            first = await self._unless_closed(call.read())
         except grpc.aio.AioRpcError as error:
             raise Unavailable(f"rank at {self.address}: {error.details()}") from None
         if first is grpc.aio.EOF:  # type: ignore[attr-defined]
@@ -98,14 +98,33 @@ class RankLink:
         """What the rank's group knows of its experts. Raises Unavailable, TimeoutError."""
         stub = rank_pb2_grpc.RankServiceStub(self._channel)
         call = stub.GetGroupExperts(pb.GetGroupExpertsRequest(), metadata=self._metadata, timeout=ASK_S)
-        response: pb.GetGroupExpertsResponse = await _asked(call)
+        response: pb.GetGroupExpertsResponse = await self._asked(call)
         return response.experts
 
     async def set_placement(self, request: public.SetPlacementRequest) -> None:
         """Asks the rank's group to move its experts. Raises InvalidRequest, Unavailable, TimeoutError."""
         stub = rank_pb2_grpc.RankServiceStub(self._channel)
         message = pb.SetGroupPlacementRequest(request=request)
-        await _asked(stub.SetGroupPlacement(message, metadata=self._metadata, timeout=ASK_S))
+        await self._asked(stub.SetGroupPlacement(message, metadata=self._metadata, timeout=ASK_S))
+
+    async def _asked(self, call: Awaitable[T]) -> T:
+        """The answer, or the exception that its status stands for."""
+        try:
+            return await self._unless_closed(call)
+        except grpc.aio.AioRpcError as error:
+            metadata: Any = error.trailing_metadata() or ()
+            details = next((value for key, value in metadata if key == DETAILS_KEY), None)
+            raise error_of(error.code(), error.details() or "", details) from None
+
+    async def _unless_closed(self, answer: Awaitable[T]) -> T:
+        """grpc tells whoever waits on a channel that closes that it was cancelled itself, which it was not."""
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise Unavailable(f"rank at {self.address}: the connection was closed") from None
 
     async def break_off(self, reason: str) -> None:
         """The rank is lost, though its connection may not have noticed."""
@@ -166,13 +185,3 @@ class RankLink:
                 self._streams.lose(message.sequence_id, message.error)
             else:
                 self._streams.deliver(wire.decode_delta(message))
-
-
-async def _asked(call: Awaitable[T]) -> T:
-    """The answer, or the exception that its status stands for."""
-    try:
-        return await call
-    except grpc.aio.AioRpcError as error:
-        metadata: Any = error.trailing_metadata() or ()
-        details = next((value for key, value in metadata if key == DETAILS_KEY), None)
-        raise error_of(error.code(), error.details() or "", details) from None

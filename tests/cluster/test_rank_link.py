@@ -397,3 +397,43 @@ def test_strangers_and_the_past_are_refused(secret: str, epoch: int, reason: str
             await link.close()
 
     asyncio.run(scenario())
+
+
+class Silent(rank_pb2_grpc.RankServiceServicer):
+    """Takes a question and does not answer."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+
+    async def GetGroupExperts(self, request: pb.GetGroupExpertsRequest, context: Any) -> pb.GetGroupExpertsResponse:
+        self.asked.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+def test_a_question_under_way_when_the_rank_is_lost_has_an_answer() -> None:
+    async def scenario() -> None:
+        server, silent = grpc.aio.server(), Silent()
+        rank_pb2_grpc.add_RankServiceServicer_to_server(silent, server)
+        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        await server.start()
+        try:
+            link = RankLink(address, "gw", "s3cret", 2, lambda _: None)
+            question = asyncio.create_task(link.experts())
+            await silent.asked.wait()
+            await link.close()
+            with pytest.raises(Unavailable, match=f"rank at {address}: the connection was closed"):
+                await asyncio.wait_for(question, 5.0)
+
+            link = RankLink(address, "gw", "s3cret", 2, lambda _: None)
+            silent.asked.clear()
+            question = asyncio.create_task(link.experts())
+            await silent.asked.wait()
+            question.cancel()  # whoever asked has gone: that is no failure of the rank
+            with pytest.raises(asyncio.CancelledError):
+                await asyncio.wait_for(question, 5.0)
+            await link.close()
+        finally:
+            await server.stop(0)
+
+    asyncio.run(scenario())
