@@ -7,7 +7,8 @@ spoken yet, so nobody drops one (``Snapshot.over``) and none begins, whose name 
 heard nobody for a while was cut off itself, and starts anew in the same way.
 
 A group that no longer reports gives up its name to the next one, but who is attached to its ranks stays: it may be only
-the directory that does not hear it, and of a dead process its connections tell.
+the directory that does not hear it, and of a dead process its connections tell. When no gateway is attached any more it
+has gone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from moestro.cluster.membership_records import RecoveryTotals
 
 EXPIRY_S = 10.0  # who has not reported for so long is silent
 START_S = 120.0  # one that starts may be busy importing and not come to report
-FORGET_S = 600.0  # a group that served when it fell silent and is not replaced is no longer there
+FORGET_S = 600.0  # a silent group to which gateways are attached all the same is let go of
 DEAF_S = 3.0  # somebody asks or reports several times a second
 SETTLE_S = 6.0  # groups report every half second and gateways every two, once they have found the new directory
 
@@ -90,6 +91,15 @@ class GatewayEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class GatewayReport:
+    """What a gateway knows and a directory may not. ``epochs``: the last it heard of each group, also of those that are
+    gone. ``attached``: the groups to whose ranks it has connections."""
+
+    epochs: Mapping[str, int] = field(default_factory=dict)
+    attached: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """What the directory knew at one version: groups and gateways, each by name."""
 
@@ -122,6 +132,7 @@ class Directory:
     version: int = 0
     groups: dict[str, GroupEntry] = field(default_factory=dict)
     gateways: dict[str, GatewayEntry] = field(default_factory=dict)
+    attached: dict[str, frozenset[str]] = field(default_factory=dict)  # groups, by gateway
     epochs: dict[str, int] = field(default_factory=dict)
     seen_s: dict[str, float] = field(default_factory=dict)  # last report, by name
     heard_s: float = field(init=False)
@@ -167,11 +178,6 @@ class Directory:
         self._settle(now_s)
         return True
 
-    def remember(self, epochs: Mapping[str, int]) -> None:
-        """Epochs that others have seen, of groups that may be gone: they are not used again."""
-        for name, epoch in epochs.items():
-            self.epochs[name] = max(epoch, self.epochs.get(name, 0))
-
     def remove(self, name: str, epoch: int) -> None:
         """Forgets a group, unless a newer epoch of it has come meanwhile."""
         known = self.groups.get(name)
@@ -179,15 +185,19 @@ class Directory:
             del self.groups[name]
             self.version += 1
 
-    def put_gateway(self, gateway: GatewayEntry, now_s: float) -> None:
-        """Inserts or replaces a gateway."""
+    def put_gateway(self, gateway: GatewayEntry, report: GatewayReport, now_s: float) -> None:
+        """Inserts or replaces a gateway. Epochs that it has seen are not used again, whatever became of the group."""
         self.seen_s[gateway.name] = now_s
+        self.attached[gateway.name] = report.attached
+        for name, epoch in report.epochs.items():
+            self.epochs[name] = max(epoch, self.epochs.get(name, 0))
         if self.gateways.get(gateway.name) != gateway:
             self.gateways[gateway.name] = gateway
             self.version += 1
 
     def remove_gateway(self, name: str) -> None:
         """Forgets a gateway."""
+        self.attached.pop(name, None)
         if self.gateways.pop(name, None) is not None:
             self.version += 1
 
@@ -198,7 +208,7 @@ class Directory:
             return
         for name, group in list(self.groups.items()):
             silent_s = now_s - self.seen_s[name]
-            if silent_s > _kept_s(group):
+            if silent_s > self._kept_s(group):
                 self.remove(name, group.epoch)
             elif silent_s > EXPIRY_S and group.is_serving and not group.is_silent:
                 self.groups[name] = replace(group, is_silent=True)
@@ -223,9 +233,8 @@ class Directory:
             self.settled = True
             self.version += 1
 
-
-def _kept_s(group: GroupEntry) -> float:
-    """How long a group that does not report keeps its place."""
-    if group.is_serving:
-        return FORGET_S
-    return START_S if all(rank.state is RankState.STARTING for rank in group.ranks) else EXPIRY_S
+    def _kept_s(self, group: GroupEntry) -> float:
+        """How long a group that does not report keeps its place."""
+        if any(group.name in names for names in self.attached.values()):
+            return FORGET_S
+        return START_S if all(rank.state is RankState.STARTING for rank in group.ranks) else EXPIRY_S

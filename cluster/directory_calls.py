@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
 from typing import Protocol
 
-from moestro.cluster.directory import Directory, GatewayEntry, GroupEntry, Snapshot
+from moestro.cluster.directory import Directory, GatewayEntry, GatewayReport, GroupEntry, Snapshot
 
 # A watch answers at least so often: a gateway notices a directory that was replaced, and Serve, which lets open calls
 # finish before it stops a replica, does not wait long.
@@ -26,8 +25,8 @@ class DirectoryCalls(Protocol):
 
     async def remove(self, name: str, epoch: int) -> None: ...
 
-    async def put_gateway(self, gateway: GatewayEntry, epochs: Mapping[str, int]) -> None:
-        """``epochs``: the groups that the gateway knows, for a directory that may have forgotten them."""
+    async def put_gateway(self, gateway: GatewayEntry, report: GatewayReport) -> None:
+        """The gateway is there."""
 
     async def remove_gateway(self, name: str) -> None: ...
 
@@ -63,10 +62,9 @@ class DirectoryServer:
         self._directory.remove(name, epoch)
         self._notify()
 
-    async def put_gateway(self, gateway: GatewayEntry, epochs: Mapping[str, int]) -> None:
+    async def put_gateway(self, gateway: GatewayEntry, report: GatewayReport) -> None:
         self._directory.hear(_now_s())
-        self._directory.remember(epochs)
-        self._directory.put_gateway(gateway, _now_s())
+        self._directory.put_gateway(gateway, report, _now_s())
 
     async def remove_gateway(self, name: str) -> None:
         self._directory.remove_gateway(name)

@@ -7,7 +7,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 
-from moestro.cluster.directory import GatewayEntry, GroupEntry
+from moestro.cluster.directory import GatewayEntry, GatewayReport, GroupEntry
 from moestro.cluster.directory_calls import DirectoryCalls
 
 log = logging.getLogger(__name__)
@@ -17,11 +17,17 @@ REPORT_S = 2.0
 
 
 class DirectoryFollower:
-    """``update`` is called on the loop with each picture of the groups that is worth going by."""
+    """``update`` is called on the loop with each picture of the groups that is worth going by; ``attached`` names those
+    to which there are connections."""
 
-    def __init__(self, directory: DirectoryCalls, update: Callable[[tuple[GroupEntry, ...]], None]) -> None:
+    def __init__(
+        self,
+        directory: DirectoryCalls,
+        update: Callable[[tuple[GroupEntry, ...]], None],
+        attached: Callable[[], frozenset[str]],
+    ) -> None:
         self._directory = directory
-        self._update = update
+        self._update, self._attached = update, attached
         self._groups: tuple[GroupEntry, ...] = ()
         self._epochs: dict[str, int] = {}  # the last heard of each group, of those that are gone too
         self._gateway: GatewayEntry | None = None
@@ -59,5 +65,6 @@ class DirectoryFollower:
     async def tell(self) -> None:
         """Once, if the directory can be reached; the next report reaches the next one."""
         if self._gateway is not None:
+            report = GatewayReport(dict(self._epochs), self._attached())
             with contextlib.suppress(Exception):
-                await self._directory.put_gateway(self._gateway, dict(self._epochs))
+                await self._directory.put_gateway(self._gateway, report)

@@ -65,6 +65,10 @@ class Gateway:
         self._operations.update(picture)
         self._backend.update(picture)
 
+    def attached_groups(self) -> frozenset[str]:
+        """To whose ranks there are connections."""
+        return self._backend.attached_groups()
+
     async def start(self) -> int:
         """Waits for a rank, then opens the port, which it returns, and that of the metrics."""
         await self._backend.wait_attached()

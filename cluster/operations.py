@@ -42,8 +42,8 @@ class ClusterOperations:
         return self._groups
 
     async def status(self) -> pb.GetClusterStatusResponse:
-        loads = self._backend.loads()
-        return pb.GetClusterStatusResponse(groups=[group_message(group, loads) for group in self._groups])
+        loads, unreachable = self._backend.loads(), self._backend.unreachable()
+        return pb.GetClusterStatusResponse(groups=[group_message(group, loads, unreachable) for group in self._groups])
 
     async def experts(self, request: pb.GetExpertsRequest) -> pb.GetExpertsResponse:
         """Of the named group, or of every group that answers. Raises InvalidRequest for a name that is not known,
@@ -103,7 +103,8 @@ def _naming(group: GroupEntry, more: str = "") -> Iterator[None]:
         raise Unavailable(f"{group.name}: {error}{more}", error.retry_after_s) from None
 
 
-def group_message(group: GroupEntry, loads: dict[str, EngineLoad]) -> pb.Group:
+def group_message(group: GroupEntry, loads: dict[str, EngineLoad], unreachable: frozenset[str]) -> pb.Group:
+    """``loads``: by address. A rank whose leader is ``unreachable`` is lost, whatever the directory still believes."""
     message = pb.Group(
         name=group.name,
         dp=group.dp,
@@ -114,12 +115,13 @@ def group_message(group: GroupEntry, loads: dict[str, EngineLoad]) -> pb.Group:
     )
     for number, rank in enumerate(group.ranks):
         # A tensor-parallel peer does what its leader does, so the leader's load is its load too.
-        load = loads.get(group.leader(number).address, EngineLoad())
+        leader = group.leader(number).address
+        load = loads.get(leader, EngineLoad())
         message.ranks.add(
             name=group.rank_name(number),
             dp_rank=rank.dp_rank,
             tp_rank=rank.tp_rank,
-            state=_STATES[rank.state],
+            state=_STATES[RankState.LOST if leader in unreachable else rank.state],
             num_running=load.num_running,
             num_waiting=load.num_waiting,
             kv_blocks_used=load.kv_blocks_used,

@@ -82,6 +82,7 @@ class ClusterBackend:
         self._leaving: dict[str, RankLink] = {}  # of those that only finish what they have
         self._places: dict[str, tuple[str, ...]] = {}  # name of a group or rank -> addresses
         self._connecting: dict[str, asyncio.Task[None]] = {}
+        self._unreachable: set[str] = set()  # of those: their connection was lost, or could not be made
         self._closing: dict[asyncio.Task[None], None] = {}
         self._limits: EngineLimits | None = None
         self._attached = asyncio.Event()
@@ -116,6 +117,14 @@ class ClusterBackend:
         """The last known load of every attached rank, by address."""
         return {address: link.load for address, link in self._links.items()}
 
+    def unreachable(self) -> frozenset[str]:
+        """The addresses of ranks that serve, as the directory has it, and cannot be reached from here."""
+        return frozenset(self._unreachable)
+
+    def attached_groups(self) -> frozenset[str]:
+        """The groups to whose ranks there are connections."""
+        return frozenset(link.group for link in [*self._links.values(), *self._leaving.values()])
+
     def link_of(self, address: str) -> RankLink | None:
         """The link to the rank at an address, None while it is not attached."""
         return self._links.get(address)
@@ -138,6 +147,7 @@ class ClusterBackend:
                 self._leaving[address] = link
         for address in [each for each in self._connecting if each not in self._wanted]:
             self._connecting[address].cancel()
+        self._unreachable.intersection_update(self._wanted)
         for address in self._wanted:
             if address not in self._links and address not in self._connecting:
                 self._connecting[address] = asyncio.create_task(self._connect(address))
@@ -193,6 +203,7 @@ class ClusterBackend:
                     self._limits = await link.connect()
                 except Unavailable as error:
                     log.warning("%s", error)
+                    self._unreachable.add(address)
                     await link.close()
                     await asyncio.sleep(RETRY_S)
                     continue
@@ -200,6 +211,7 @@ class ClusterBackend:
                     await link.close()
                     raise
                 self._links[address] = link
+                self._unreachable.discard(address)
                 self._attached.set()
                 return
         finally:
@@ -214,4 +226,5 @@ class ClusterBackend:
             if not self._links:
                 self._attached.clear()
             if link.address in self._wanted:
+                self._unreachable.add(link.address)
                 self._connecting[link.address] = asyncio.create_task(self._connect(link.address))

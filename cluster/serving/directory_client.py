@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from moestro.cluster.directory import SETTLE_S, GatewayEntry, GroupEntry, Snapshot
+from moestro.cluster.directory import SETTLE_S, GatewayEntry, GatewayReport, GroupEntry, Snapshot
 from moestro.cluster.serving.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -41,8 +40,8 @@ class DirectoryClient:
     async def remove(self, name: str, epoch: int) -> None:
         await asyncio.wait_for(self._handle.remove.remote(name, epoch), ASK_S)
 
-    async def put_gateway(self, gateway: GatewayEntry, epochs: Mapping[str, int]) -> None:
-        await asyncio.wait_for(self._handle.put_gateway.remote(gateway, dict(epochs)), ASK_S)
+    async def put_gateway(self, gateway: GatewayEntry, report: GatewayReport) -> None:
+        await asyncio.wait_for(self._handle.put_gateway.remote(gateway, report), ASK_S)
 
     async def remove_gateway(self, name: str) -> None:
         await asyncio.wait_for(self._handle.remove_gateway.remote(name), ASK_S)

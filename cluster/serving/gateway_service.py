@@ -34,7 +34,7 @@ class GatewayService:
         self._directory = DirectoryClient(directory)
         name = f"gateway-{uuid.uuid4().hex[:8]}"
         self._gateway = Gateway(config, secret, gateway_id=name)
-        follower = DirectoryFollower(self._directory, self._gateway.update)
+        follower = DirectoryFollower(self._directory, self._gateway.update, self._gateway.attached_groups)
         self._following = asyncio.create_task(follower.follow())
         port = await self._gateway.start()
         here = ray.util.get_node_ip_address() if config.cluster.ray_address else "localhost"

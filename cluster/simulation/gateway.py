@@ -36,7 +36,7 @@ class SimulatedGateway:
         self._epochs: dict[str, int] = {}  # by group, the last that was heard of
 
     async def run(self) -> None:
-        follower = DirectoryFollower(self._directory, self._update)
+        follower = DirectoryFollower(self._directory, self._update, self.backend.attached_groups)
         following = self.process.spawn(follower.follow(), "follow")
         await self.backend.wait_attached()
         self._server.start()

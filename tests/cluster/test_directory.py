@@ -13,11 +13,14 @@ from moestro.cluster.directory import (
     START_S,
     Directory,
     GatewayEntry,
+    GatewayReport,
     GroupEntry,
     RankEntry,
     RankState,
     Snapshot,
 )
+
+GATEWAY = GatewayEntry("g", "localhost:1")
 
 
 def serving(group: GroupEntry, state: RankState = RankState.SERVING) -> GroupEntry:
@@ -93,10 +96,10 @@ def test_versions_change_when_something_does() -> None:
     directory.put(serving(group), 2.0)
     assert directory.version > version
     version = directory.version
-    directory.put_gateway(GatewayEntry("g", "localhost:1"), 2.0)
+    directory.put_gateway(GATEWAY, GatewayReport(), 2.0)
     assert directory.version > version
     version = directory.version
-    directory.put_gateway(GatewayEntry("g", "localhost:1"), 3.0)
+    directory.put_gateway(GATEWAY, GatewayReport({"group-0": 1}, frozenset({"group-0"})), 3.0)
     directory.remove_gateway("unknown")
     directory.remove("unknown", 1)
     assert directory.version == version
@@ -106,25 +109,47 @@ def test_versions_change_when_something_does() -> None:
 def test_who_is_silent_for_too_long_is_gone(silent_s: float, gone: bool) -> None:
     directory = Directory()
     directory.put(serving(directory.begin(1, 1, 0.0)), 1.0)
-    directory.put_gateway(GatewayEntry("g", "localhost:1"), 1.0)
+    directory.put_gateway(GATEWAY, GatewayReport(attached=frozenset({"group-0"})), 1.0)
     directory.expire(1.0 + silent_s)
     snapshot = directory.snapshot()
-    assert snapshot.groups[0].is_lost is gone
+    assert snapshot.groups[0].is_lost is gone  # still shown, since a gateway was attached when it was last heard
     assert (snapshot.gateways == ()) is gone
     directory.put(serving(snapshot.groups[0]), 30.0)  # it was slow, not dead
     assert directory.snapshot().groups[0].is_serving
 
 
-def test_who_served_and_fell_silent_and_is_not_replaced_is_forgotten_in_the_end() -> None:
+def test_who_served_and_fell_silent_is_kept_as_long_as_a_gateway_is_attached() -> None:
     directory = Directory()
-    group = directory.begin(1, 1, 0.0)
+    group, other = directory.begin(1, 1, 0.0), directory.begin(1, 1, 0.0)
+    attached, alone = GatewayReport(attached=frozenset({"group-0"})), GatewayReport(attached=frozenset({"group-1"}))
     directory.put(serving(group), 0.0)
+    directory.put(serving(other), FORGET_S)
+    directory.put_gateway(GATEWAY, attached, 2.0)
     directory.expire(EXPIRY_S + 1)
+    directory.put_gateway(GATEWAY, attached, FORGET_S)
     directory.expire(FORGET_S)
-    assert directory.snapshot().groups[0].is_silent
+    assert [each.is_silent for each in directory.snapshot().groups] == [True, False]
+    directory.put_gateway(GATEWAY, alone, FORGET_S)
+    directory.expire(FORGET_S)
+    assert [each.name for each in directory.snapshot().groups] == ["group-1"]
+    assert directory.begin(1, 1, FORGET_S + 2).epoch == group.epoch + 1
+
+
+def test_who_is_silent_for_very_long_is_forgotten_though_a_gateway_is_attached() -> None:
+    directory = Directory()
+    directory.put(serving(directory.begin(1, 1, 0.0)), 0.0)
+    directory.put_gateway(GATEWAY, GatewayReport(attached=frozenset({"group-0"})), FORGET_S)
     directory.expire(FORGET_S + 1)
     assert directory.snapshot().groups == ()
-    assert directory.begin(1, 1, FORGET_S + 2).epoch == group.epoch + 1
+
+
+def test_a_gateway_that_has_gone_is_attached_to_nobody() -> None:
+    directory = Directory()
+    directory.put(serving(directory.begin(1, 1, 0.0)), 0.0)
+    directory.put_gateway(GATEWAY, GatewayReport(attached=frozenset({"group-0"})), 0.0)
+    directory.remove_gateway(GATEWAY.name)
+    directory.expire(EXPIRY_S + 1)
+    assert directory.snapshot().groups == ()
 
 
 def test_one_that_knows_of_nobody_is_settled_at_once() -> None:
@@ -158,8 +183,8 @@ def test_a_rebuilt_one_settles_by_the_clock_when_somebody_stays_silent(expected:
 
 def test_epochs_that_others_remember_are_not_used_again() -> None:
     directory = Directory()
-    directory.remember({"group-0": 7})
-    directory.remember({"group-0": 3})
+    directory.put_gateway(GATEWAY, GatewayReport({"group-0": 7}), 0.0)
+    directory.put_gateway(GATEWAY, GatewayReport({"group-0": 3}), 0.0)
     assert directory.begin(1, 1, 0.0).epoch == 8
 
 
@@ -174,6 +199,7 @@ def test_nothing_known_is_dropped_before_it_is_settled() -> None:
 
 def test_a_silent_group_gives_up_its_name_but_keeps_who_is_attached() -> None:
     directory = Directory()
+    directory.put_gateway(GATEWAY, GatewayReport(attached=frozenset({"group-0"})), 1.0)
     silent = serving(directory.begin(1, 1, 0.0))
     directory.put(silent, 1.0)
     directory.expire(2.0 + EXPIRY_S)
@@ -189,7 +215,7 @@ def test_one_that_was_cut_off_blames_nobody_and_asks_again() -> None:
     groups = [serving(directory.begin(1, 1, 0.0)) for _ in range(2)]
     for group in groups:
         directory.put(group, 1.0)
-    directory.put_gateway(GatewayEntry("g", "localhost:1"), 1.0)
+    directory.put_gateway(GATEWAY, GatewayReport(attached=frozenset({"group-0"})), 1.0)
     for now_s in (1.5, 2.0, 2.5):
         directory.hear(now_s)
     assert directory.settled
@@ -202,13 +228,14 @@ def test_one_that_was_cut_off_blames_nobody_and_asks_again() -> None:
     directory.put(groups[1], 100.6)
     assert directory.settled
     directory.expire(100.7 + EXPIRY_S)  # now it is their silence
-    assert [group.is_silent for group in directory.snapshot().groups] == [True, True]
+    assert [group.name for group in directory.snapshot().groups if group.is_silent] == ["group-0"]
     assert directory.snapshot().gateways == ()
 
 
 def test_one_that_was_cut_off_settles_without_those_who_stay_silent() -> None:
     directory = Directory()
     directory.put(serving(directory.begin(1, 1, 0.0)), 1.0)
+    directory.put_gateway(GATEWAY, GatewayReport(attached=frozenset({"group-0"})), 1.0)
     directory.hear(100.0)
     directory.hear(102.0)
     directory.hear(104.0)
@@ -223,8 +250,10 @@ def test_a_group_that_is_slow_to_start_keeps_its_name() -> None:
     directory.expire(EXPIRY_S + 1)
     assert directory.begin(1, 1, EXPIRY_S + 1).name == "group-1"
     assert directory.put(serving(first), EXPIRY_S + 2)
+    assert directory.put(serving(first), START_S)
     directory.expire(START_S + 2)
     assert [group.name for group in directory.snapshot().groups] == ["group-0", "group-1"]
+    assert directory.put(serving(first), START_S + EXPIRY_S)
     directory.expire(START_S + EXPIRY_S + 2)
     assert [group.name for group in directory.snapshot().groups] == ["group-0"]
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine
 from typing import Any
 
-from moestro.cluster.directory import GatewayEntry, GroupEntry, RankEntry, RankState, Snapshot
+from moestro.cluster.directory import GatewayEntry, GatewayReport, GroupEntry, RankEntry, RankState, Snapshot
 from moestro.cluster.directory_calls import DirectoryServer
 from moestro.cluster.directory_follower import DirectoryFollower
 
@@ -33,10 +33,10 @@ class Replaceable(DirectoryServer):
             raise ConnectionError("the directory is away")
         return await super().watch(version)
 
-    async def put_gateway(self, gateway: GatewayEntry, epochs: Mapping[str, int]) -> None:
+    async def put_gateway(self, gateway: GatewayEntry, report: GatewayReport) -> None:
         if self.is_lost:
             raise ConnectionError("the directory is away")
-        await super().put_gateway(gateway, epochs)
+        await super().put_gateway(gateway, report)
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
@@ -52,7 +52,7 @@ async def until(condition: Any) -> None:
 def test_a_gateway_keeps_what_it_knows_until_a_new_directory_has_heard_everybody() -> None:
     async def test() -> None:
         directory, seen = Replaceable(), list[tuple[GroupEntry, ...]]()
-        follower = DirectoryFollower(directory, seen.append)
+        follower = DirectoryFollower(directory, seen.append, frozenset)
         await directory.put(group(3))
         await directory.put(group(5, "group-1"))
         following = asyncio.create_task(follower.follow())
@@ -78,7 +78,7 @@ def test_a_gateway_remembers_the_epoch_of_a_group_that_has_gone() -> None:
 
     async def test() -> None:
         directory, seen = Replaceable(), list[tuple[GroupEntry, ...]]()
-        follower = DirectoryFollower(directory, seen.append)
+        follower = DirectoryFollower(directory, seen.append, frozenset)
         await directory.put(group(7))
         following = asyncio.create_task(follower.follow())
         await follower.arrive(GATEWAY)
@@ -99,7 +99,7 @@ def test_a_gateway_remembers_the_epoch_of_a_group_that_has_gone() -> None:
 def test_a_new_group_waits_for_a_settled_directory_and_gets_an_epoch_that_nobody_has_seen() -> None:
     async def test() -> None:
         directory = Replaceable()
-        follower = DirectoryFollower(directory, lambda groups: None)
+        follower = DirectoryFollower(directory, lambda groups: None, frozenset)
         await directory.put(group(7))
         following = asyncio.create_task(follower.follow())
         await follower.arrive(GATEWAY)

@@ -297,6 +297,25 @@ def test_streams_of_a_lost_rank_go_on_elsewhere_though_its_connection_holds(
     asyncio.run(scenario())
 
 
+def test_a_rank_whose_process_is_gone_is_told_apart_though_the_directory_still_names_it() -> None:
+    async def scenario() -> None:
+        async with serving() as (_, address, server):
+            backend = ClusterBackend("gw", "s3cret")
+            entry = RankEntry(0, 0, RankState.SERVING, address)
+            backend.update([GroupEntry("g", 1, 1, 2, (entry,))])
+            assert (backend.unreachable(), backend.attached_groups()) == (set(), set())  # it was not tried yet
+            await asyncio.wait_for(backend.available(), 5.0)
+            assert (backend.unreachable(), backend.attached_groups()) == (set(), {"g"})
+            await server.stop(0)
+            await until(lambda: backend.unreachable() == {address})
+            assert backend.attached_groups() == set()
+            backend.update([GroupEntry("g", 1, 1, 3, (replace(entry, state=RankState.LOST),))])
+            assert backend.unreachable() == set()
+            await backend.close()
+
+    asyncio.run(scenario())
+
+
 def test_a_draining_rank_finishes_what_it_has_and_gets_nothing_new() -> None:
     async def scenario() -> None:
         async with serving() as (rank, address, _):

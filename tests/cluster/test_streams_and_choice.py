@@ -130,7 +130,8 @@ def test_a_group_as_the_status_call_tells_it() -> None:
         for rank in range(4)
     )
     loads = {"h:0": EngineLoad(1, 2, 3, 4, 5, 0.5), "h:2": EngineLoad(num_steps=9, slowness=2.5)}
-    message = group_message(GroupEntry("group-1", 2, 2, 7, ranks, activity="draining", spare_ranks=2), loads)
+    group = GroupEntry("group-1", 2, 2, 7, ranks, activity="draining", spare_ranks=2)
+    message = group_message(group, loads, frozenset())
     assert (message.name, message.dp, message.tp, message.epoch) == ("group-1", 2, 2, 7)
     assert [rank.name for rank in message.ranks] == [f"group-1 rank {number}" for number in range(4)]
     assert [rank.num_steps for rank in message.ranks] == [5, 5, 9, 9]  # a peer does what its leader does
@@ -144,9 +145,18 @@ def test_a_group_as_the_status_call_tells_it() -> None:
     assert [(rank.slowness, rank.straggler) for rank in told.ranks[1:3]] == [(1.0, False), (2.5, True)]
 
 
+def test_ranks_that_cannot_be_reached_are_lost_whatever_the_directory_believes() -> None:
+    ranks = tuple(
+        RankEntry(rank // 2, rank % 2, RankState.SERVING, "" if rank % 2 else f"h:{rank}") for rank in range(4)
+    )
+    message = group_message(GroupEntry("group-0", 2, 2, 1, ranks), {}, frozenset({"h:2"}))
+    lost, serving = pb.RANK_STATE_LOST, pb.RANK_STATE_SERVING
+    assert [rank.state for rank in message.ranks] == [serving, serving, lost, lost]
+
+
 @pytest.mark.parametrize("state", RankState)
 def test_every_state_has_a_name_of_its_own(state: RankState) -> None:
-    message = group_message(GroupEntry("group-0", 1, 1, 1, (RankEntry(0, 0, state),)), {})
+    message = group_message(GroupEntry("group-0", 1, 1, 1, (RankEntry(0, 0, state),)), {}, frozenset())
     assert pb.RankState.Name(message.ranks[0].state) == f"RANK_STATE_{state.name}"
 
 

@@ -69,7 +69,7 @@ def _is_first(orders: Orders) -> bool:
 async def gateway(orders: Orders) -> None:
     """For ever."""
     edge = Gateway(orders.config, orders.secret, orders.name)
-    follower = DirectoryFollower(orders.directory, edge.update)
+    follower = DirectoryFollower(orders.directory, edge.update, edge.attached_groups)
     following = asyncio.create_task(follower.follow())
     port = await edge.start()
     await follower.arrive(GatewayEntry(orders.name, f"127.0.0.1:{port}"))
