@@ -58,7 +58,8 @@ def seen(at_s: float, status: ClusterStatus) -> Seen:
 def followed(strikes: Sequence[Strike], history: Sequence[Seen], records: Sequence[Record], ranks: int) -> list[Strike]:
     """Each strike with what came of it, up to the next one."""
     done = []
-    for strike, ends_s in zip(strikes, [*(each.at_s for each in strikes[1:]), float("inf")], strict=True):
+    for number, strike in enumerate(strikes):
+        ends_s = strikes[number + 1].at_s if number + 1 < len(strikes) else float("inf")
         before = last_before(history, strike.at_s)
         after = [each for each in history if strike.at_s < each.at_s < ends_s and each.answered]
         detected = _first(after, lambda each, known=before: _tells(known, each, ranks))

@@ -64,3 +64,7 @@ def test_a_run_is_good_only_if_nothing_is_wrong(tmp_path: Path) -> None:
     assert not is_good(Result((), strikes, HISTORY, 5.0, is_empty=True, is_whole=True, skipped=()))
     save_plot(good, tmp_path / "run.png", "a run")
     assert (tmp_path / "run.png").stat().st_size > 1000
+
+
+def test_without_faults_there_is_nothing_to_follow() -> None:
+    assert followed([], HISTORY, [], 3) == []
