@@ -19,6 +19,7 @@ from moestro.protos import wire
 from moestro.protos.gen import rank_pb2 as pb
 from moestro.protos.sequences import EngineLimits, EngineLoad, SequenceDelta
 from moestro.workers.engine import Engine
+from moestro.workers.rank_loop import Account
 from moestro.workers.runner import StepRunner
 from moestro.workers.scheduler import Scheduler
 from moestro.workers.scheduler_config import SchedulerConfig
@@ -53,42 +54,38 @@ class Turns:
 
     def __init__(self, config: SchedulerConfig, rng: random.Random, publish: Callable[[Output], None]) -> None:
         self.slowness = 1.0
-        self.num_turns = self.num_applied = self.num_messages = 0
-        self.since_s: float | None = None  # when the turn that now runs began; None asleep
+        self.account = Account()
         self.inbox: list[bytes] = []
         self._config, self._costs, self._rng, self._publish = config, StepCosts(), rng, publish
         self.limits = EngineLimits(VOCAB_SIZE, config.context_limit, config.max_waiting)
-        self._begin_anew()
+        self._build()
 
     @property
     def load(self) -> EngineLoad:
         return replace(self._engine.load(), slowness=self.slowness)
 
-    @property
-    def history(self) -> tuple[int, int, int]:
-        """Two replicas are in the same state when theirs agree."""
-        return self.num_turns, self.num_applied, self.num_messages
-
-    def _begin_anew(self) -> None:
+    def _build(self) -> None:
         self._names = NamedCache(self._config, self._rng)
         self.scheduler = Scheduler(self._config)
         self._engine = Engine(self.scheduler, cast(StepRunner, self._names), self.limits)
 
-    def give_up(self) -> None:
+    def begin_anew(self, epoch: int) -> None:
         """The ranks of a tensor-parallel set were parted in different turns: nobody can say which is right."""
         lost = [(name, "its tensor-parallel ranks were parted") for name in self.scheduler.sequence_ids]
-        self._begin_anew()
+        self._build()
+        self.account.begin_anew(epoch)
         self._publish(Output(self.load, lost=lost))
 
     async def turn(self, mesh: Mesh, peers: tuple[int, ...], pause: Callable[[float], Awaitable[None]]) -> None:
         """One round; ``peers`` are the workers of the tensor-parallel set. Raises EpochBroken, Poisoned."""
-        engine, costs, time = self._engine, self._costs, asyncio.get_running_loop().time
-        self.since_s = time()
+        engine, account, costs = self._engine, self.account, self._costs
+        time = asyncio.get_running_loop().time
+        account.turn_since_s = time()
         refusals = self._take_in(await self._shared_inbox(mesh, peers))
         plan = engine.plan(time())
-        self.num_turns += 1
+        account.turns += 1
         try:
-            said = await mesh.gather((self.num_turns, plan.num_tokens, mesh.epoch), costs.watchdog_s)
+            said = await mesh.gather((account.turns, plan.num_tokens, mesh.epoch), costs.watchdog_s)
             tokens = self._check_agreement(said, mesh, peers)
             if any(tokens):
                 if self._names.kills(plan):
@@ -99,9 +96,9 @@ class Turns:
             self._abandon(plan, refusals)
             raise
         finally:
-            self.since_s = None
+            account.turn_since_s = None
         deltas = engine.collect(plan, engine.launch(plan, tokens), time) if any(tokens) else engine.skip(plan, time())
-        self.num_applied += 1
+        account.applied += 1
         self.scheduler.check_integrity()
         if deltas or refusals:
             self._publish(Output(self.load, deltas, refusals))
@@ -123,7 +120,7 @@ class Turns:
     def _take_in(self, messages: list[bytes]) -> list[tuple[str, str]]:
         refusals = []
         now = asyncio.get_running_loop().time()
-        self.num_messages += len(messages)
+        self.account.messages += len(messages)
         for data in messages:
             message = pb.AttachRequest.FromString(data)
             if message.WhichOneof("message") == "cancel":

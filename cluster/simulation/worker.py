@@ -56,7 +56,8 @@ class SimulatedWorker:
     @property
     def state(self) -> WorkerState:
         progress = 0 if self._mesh is None else self._mesh.progress
-        return replace(self._told, turns=self.turns.num_turns, progress=progress, in_step_since_s=self.turns.since_s)
+        account = self.turns.account
+        return replace(self._told, turns=account.turns, progress=progress, in_step_since_s=account.turn_since_s)
 
     def submit(self, message: bytes) -> None:
         self.turns.inbox.append(message)
@@ -119,10 +120,10 @@ class SimulatedWorker:
 
     async def _join(self, mesh: Mesh, view: View, peers: tuple[int, ...], experts: Experts) -> None:
         """As ``workers.regroup``: each says what it really holds, and all compute from it where the experts go."""
-        mine = [sorted(layer) for layer in self.held], self.turns.history
+        mine = [sorted(layer) for layer in self.held], self.turns.account.history
         held, histories = zip(*await mesh.gather(mine, self._costs.forming_s), strict=True)
         if len({histories[mesh.members.index(peer)] for peer in peers}) > 1:
-            self.turns.give_up()
+            self.turns.begin_anew(view.epoch)
         placements = experts.rehomed(held)
         rank = view.rank_of(self.worker)
         assert rank is not None
