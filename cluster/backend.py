@@ -59,6 +59,10 @@ class Backend(Protocol):
     async def available(self) -> None:
         """Returns when some engine can take sequences. Raises Unavailable when none ever will."""
 
+    async def outlived(self, engine: str) -> bool:
+        """Whether an engine that was lost as if it had died lives: only the connection to it broke. Returns when that
+        can be told; an engine of which nobody can tell is taken to live."""
+
 
 def unknown_rank(name: str, known: Sequence[str]) -> InvalidRequest:
     """The refusal of a request that is to be served by ``name``."""

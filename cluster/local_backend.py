@@ -51,6 +51,9 @@ class LocalBackend:
         if self._ended:
             raise Unavailable(self._ended)
 
+    async def outlived(self, engine: str) -> bool:
+        return False
+
     async def close(self) -> None:
         """Ends the engine; open streams fail."""
         self._rank.loop.stop()

@@ -45,7 +45,7 @@ class Run:
         self._patience_ends_s = 0.0
         self._pause_s = FIRST_PAUSE_S
         self._trial: Trial | None = None
-        self._deaths: list[Death] = []
+        self._deaths: list[Death] = []  # since it last got anywhere
         self._closed = False
         self._recovering: asyncio.Task[object] | None = None
         self._now = asyncio.get_running_loop().time
@@ -70,6 +70,7 @@ class Run:
             self._loss, self._pause_s = None, FIRST_PAUSE_S
         if self._trial is not None and not self._journal.num_deaths:
             self._end_trial()
+            self._deaths.clear()
         return event
 
     async def recover(self, failure: EngineLost | Overloaded) -> None:
@@ -78,15 +79,14 @@ class Run:
         self._drop()
         if self._closed:
             raise failure
-        if isinstance(failure, EngineLost):
-            self._lose(failure)
-        elif self._loss is None:
+        if isinstance(failure, Overloaded) and self._loss is None:
             raise failure
-        else:
-            self._journal.interrupt(self._now())
         self._recovering = asyncio.current_task()
         try:
-            if isinstance(failure, Overloaded):
+            if isinstance(failure, EngineLost):
+                await self._lose(failure)
+            else:
+                self._journal.interrupt(self._now())
                 await self._pause(failure)  # an admitted request is not lost to a full queue
             await self._go_on()
         except asyncio.CancelledError:
@@ -108,7 +108,7 @@ class Run:
         if self._recovering is not None:
             self._recovering.cancel()
 
-    def _lose(self, loss: EngineLost) -> None:
+    async def _lose(self, loss: EngineLost) -> None:
         """Raises Quarantined or Unavailable when it must not be tried again."""
         now_s, journal = self._now(), self._journal
         journal.lose(loss.died, now_s)
@@ -116,7 +116,9 @@ class Run:
         if loss.died:
             self._deaths.append(Death(loss.engine, str(loss), now_s))
             if journal.num_deaths >= 2 and self._trial is not None and self._trial.was_alone:
-                raise self._quarantine() from loss
+                self._deaths = [death for death in self._deaths if not await self._backend.outlived(death.engine)]
+                if len(self._deaths) >= 2:
+                    raise self._quarantine() from loss
         self._end_trial()
         if self._loss is None:
             self._patience_ends_s = now_s + self._limits.patience_s

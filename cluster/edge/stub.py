@@ -103,6 +103,9 @@ class StubBackend:
         if self.lost:
             raise Unavailable("the stub is lost")
 
+    async def outlived(self, engine: str) -> bool:
+        return False
+
     async def wait_for_step(self) -> None:
         await asyncio.sleep(self._step_s)
 

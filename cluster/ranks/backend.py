@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,13 @@ from moestro.cluster.backend import Capacity, unknown_rank
 from moestro.cluster.delta_streams import QueuedDeltas
 from moestro.cluster.directory import GroupEntry, RankState
 from moestro.cluster.ranks.capacity import joint
-from moestro.cluster.ranks.link import OpenChannel, RankLink, open_channel
+from moestro.cluster.ranks.link import OpenChannel, RankLink, engine_name, open_channel
 from moestro.protos.errors import Overloaded, Unavailable
 from moestro.protos.sequences import EngineLimits, EngineLoad, SequenceRequest
 
 log = logging.getLogger(__name__)
 
+DEATH_S = 2.0  # the directory has told of a process that ended long before
 RETRY_S = 0.5  # a lost rank is tried again so often while the directory still names it
 
 
@@ -86,6 +88,7 @@ class ClusterBackend:
         self._closing: dict[asyncio.Task[None], None] = {}
         self._limits: EngineLimits | None = None
         self._attached = asyncio.Event()
+        self._changed = asyncio.Event()  # replaced when it is set: there is another picture, or another link
         self._turn = 0
         self._num_links = 0  # ever made
 
@@ -145,6 +148,7 @@ class ClusterBackend:
             if address not in self._wanted and address not in self._leaving:
                 self._let_go(link, link.close_when_done())
                 self._leaving[address] = link
+        self._notify()
         for address in [each for each in self._connecting if each not in self._wanted]:
             self._connecting[address].cancel()
         self._unreachable.intersection_update(self._wanted)
@@ -164,6 +168,26 @@ class ClusterBackend:
 
     async def available(self) -> None:
         await self._attached.wait()
+
+    async def outlived(self, engine: str) -> bool:
+        """As ``Backend``: it lives when it can be reached again, or the directory still names it after a while."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DEATH_S):
+                while address := self._address_of(engine):
+                    if address in self._links:
+                        return True
+                    await self._changed.wait()
+                return False
+        return True
+
+    def _address_of(self, engine: str) -> str:
+        """Where an engine serves, as the directory has it; "" if it does not."""
+        names = ((engine_name(each.group, address), address) for address, each in self._wanted.items())
+        return next((address for name, address in names if name == engine), "")
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     async def wait_attached(self) -> None:
         """Returns when at least one rank can take requests."""
@@ -213,6 +237,7 @@ class ClusterBackend:
                 self._links[address] = link
                 self._unreachable.discard(address)
                 self._attached.set()
+                self._notify()
                 return
         finally:
             if self._connecting.get(address) is asyncio.current_task():

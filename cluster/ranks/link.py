@@ -35,6 +35,11 @@ def open_channel(address: str) -> grpc.aio.Channel:
     return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
 
 
+def engine_name(group: str, address: str) -> str:
+    """What operators call a rank's engine. No other one will ever have this name."""
+    return f"{group} {address}".strip()
+
+
 class RankLink:
     """One attached stream. ``name`` is of this link alone: the rank knows the sequences of a gateway by it. ``on_lost``
     is called once, on the loop, when the rank cannot be reached any more."""
@@ -171,7 +176,7 @@ class RankLink:
     def fail(self, reason: str) -> None:
         """Its streams go on elsewhere, at once."""
         failure = EngineLost(
-            f"a rank was lost: {reason}", died=self.is_computing, engine=f"{self.group} {self.address}".strip()
+            f"a rank was lost: {reason}", died=self.is_computing, engine=engine_name(self.group, self.address)
         )
         self._streams.fail(failure)
 

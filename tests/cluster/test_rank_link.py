@@ -316,6 +316,37 @@ def test_a_rank_whose_process_is_gone_is_told_apart_though_the_directory_still_n
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("fate", ["it is reached again", "the directory drops it", "nobody can tell"])
+def test_whether_a_rank_outlived_the_loss_of_its_connection(fate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moestro.cluster.ranks.backend.DEATH_S", 0.2 if fate == "nobody can tell" else 10.0)
+
+    async def scenario() -> None:
+        async with serving() as (_, address, server):
+            backend = ClusterBackend("gw", "s3cret")
+            entry = RankEntry(0, 0, RankState.SERVING, address)
+            backend.update([GroupEntry("g", 1, 1, 2, (entry,))])
+            await asyncio.wait_for(backend.available(), 5.0)
+            stream = backend.start([request("one")])
+            link = backend.link_of(address)
+            assert link is not None
+            if fate == "it is reached again":
+                await link.break_off("cut")
+            else:
+                await server.stop(0)
+            with pytest.raises(EngineLost) as lost:
+                await stream.next()
+            assert not await backend.outlived("g somewhere else")
+            asked = asyncio.create_task(backend.outlived(lost.value.engine))
+            if fate == "the directory drops it":
+                await asyncio.sleep(0.05)
+                assert not asked.done()
+                backend.update([GroupEntry("g", 1, 1, 3, (replace(entry, state=RankState.LOST),))])
+            assert await asyncio.wait_for(asked, 5.0) is (fate != "the directory drops it")
+            await backend.close()
+
+    asyncio.run(scenario())
+
+
 def test_a_draining_rank_finishes_what_it_has_and_gets_nothing_new() -> None:
     async def scenario() -> None:
         async with serving() as (rank, address, _):

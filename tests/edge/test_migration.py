@@ -294,6 +294,54 @@ def test_who_got_further_is_innocent_and_so_is_who_was_asked_to_go() -> None:
     run(test())
 
 
+class Cut(StubBackend):
+    """The connections to some engines break, and these live on."""
+
+    def __init__(self, faults: list[Fault], living: set[str]) -> None:
+        super().__init__(LIMITS, faults=faults)
+        self._living = living
+
+    async def outlived(self, engine: str) -> bool:
+        await asyncio.sleep(0.01)
+        return engine in self._living
+
+
+def test_an_engine_that_lives_on_was_not_killed() -> None:
+    """Found by the simulator (seed 2182): a rank was killed and a connection was cut, and the request was refused."""
+
+    async def test() -> None:
+        for living in ({"stub"}, set[str]()):
+            core = RequestCore([served(Cut([Fault(2), Fault(0)], living))], MANY)
+            if living:
+                assert (await core.complete(ask())).usage.migrations == 2
+            else:
+                with pytest.raises(Quarantined):
+                    await core.complete(ask())
+            assert not core.num_open
+            assert len(core.recovery.incidents.latest()) == (not living)
+
+    run(test())
+
+
+def test_a_stream_that_is_closed_while_the_fate_of_its_engine_is_asked_for_is_closed() -> None:
+    class Unknown(StubBackend):
+        asked = asyncio.Event()
+
+        async def outlived(self, engine: str) -> bool:
+            self.asked.set()
+            return await asyncio.Event().wait()
+
+    async def test() -> None:
+        backend = Unknown(LIMITS, faults=[Fault(2), Fault(0)])
+        async with rig(backend) as it:
+            reading = asyncio.create_task(it.generate(ask()))
+            await asyncio.wait_for(backend.asked.wait(), 5.0)
+            reading.cancel()
+            await it.settled()
+
+    run(test())
+
+
 def test_the_engine_is_told_to_drop_what_was_lost_only_in_part() -> None:
     """One sequence of three is given up by an engine that is well: all go on elsewhere, and the two are cancelled."""
 
