@@ -22,6 +22,7 @@ from benchmarks.chaos.plot import save_plot
 from benchmarks.chaos.report import figures, is_good, table
 from benchmarks.chaos.run import Experiment, Result, Settings
 from benchmarks.chaos.served import Shape, served
+from benchmarks.chaos.strikes import Seen, is_whole
 from benchmarks.chaos.system import Role, System, Target
 from benchmarks.hardware import hardware_record
 from rich.console import Console
@@ -65,11 +66,14 @@ class Sparing:
         return self.system.full_disk()
 
 
-def growth(histories: Sequence[History], warm_up_s: float, judged_s: float) -> list[dict[str, Any]]:
-    """A row for each process, those that lived longest first."""
+def growth(
+    histories: Sequence[History], seen: Sequence[Seen], num_ranks: int, warm_up_s: float, judged_s: float
+) -> list[dict[str, Any]]:
+    """A row for each process, those that lived longest first. Only moments count in which all ranks served: the ranks
+    of a group that has shrunk hold the experts of those that are missing."""
     rows = []
     for history in histories:
-        warm = history.after(warm_up_s)
+        warm = [each for each in history.after(warm_up_s) if is_whole(seen, each.at_s, num_ranks)]
         if not warm:
             continue
         rows.append(
@@ -117,7 +121,7 @@ def main(
     settings = Settings(seed, clients, seconds=minutes * 60.0)
     with served(shape) as system:
         result, watch = asyncio.run(soak(system, settings, pause_s, console))
-    rows = growth(list(watch.histories.values()), warm_up_s, JUDGED_S)
+    rows = growth(list(watch.histories.values()), result.history, shape.num_ranks, warm_up_s, JUDGED_S)
     judged = [row for row in rows if row["judged"]]
     steady = bool(judged) and all(row["mb_per_minute"] <= MOST_MB_PER_MINUTE for row in judged)
     told = figures(result)

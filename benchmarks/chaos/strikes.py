@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -83,6 +84,13 @@ def followed(strikes: Sequence[Strike], history: Sequence[Seen], records: Sequen
 
 def last_before(history: Sequence[Seen], at_s: float) -> Seen | None:
     return next((each for each in reversed(history) if each.at_s <= at_s and each.answered), None)
+
+
+def is_whole(history: Sequence[Seen], at_s: float, ranks: int) -> bool:
+    """Whether all ranks served, as the last answer before tells. ``history`` is in the order of time."""
+    index = bisect_right(history, at_s, key=lambda each: each.at_s)
+    last = next((history[each] for each in range(index - 1, -1, -1) if history[each].answered), None)
+    return last is not None and last.serving == ranks
 
 
 def _tells(before: Seen | None, now: Seen, ranks: int) -> bool:

@@ -8,7 +8,7 @@ from benchmarks.chaos.plot import save_plot
 from benchmarks.chaos.records import Record, Verdict
 from benchmarks.chaos.report import figures, is_good
 from benchmarks.chaos.run import Result
-from benchmarks.chaos.strikes import Seen, Strike, followed, stalled, tokens_per_s
+from benchmarks.chaos.strikes import Seen, Strike, followed, is_whole, stalled, tokens_per_s
 
 EPOCH_1, EPOCH_2 = (("group-0", 1),), (("group-0", 2),)
 HISTORY = (
@@ -64,6 +64,11 @@ def test_a_run_is_good_only_if_nothing_is_wrong(tmp_path: Path) -> None:
     assert not is_good(Result((), strikes, HISTORY, 5.0, is_empty=True, is_whole=True, skipped=()))
     save_plot(good, tmp_path / "run.png", "a run")
     assert (tmp_path / "run.png").stat().st_size > 1000
+
+
+def test_the_cluster_is_whole_when_the_last_answer_said_so() -> None:
+    whole = [is_whole(HISTORY, at_s, 3) for at_s in (0.5, 1.0, 1.4, 1.5, 3.9, 4.0, 10.0)]
+    assert whole == [False, True, True, False, False, True, False]
 
 
 def test_without_faults_there_is_nothing_to_follow() -> None:
