@@ -81,7 +81,7 @@ class GroupService:
             .options(
                 name=f"{name} worker {self._entry.epoch}.{worker}",
                 scheduling_strategy=place,
-                enable_task_events=False,  # a poll every half second is of no interest, and the head would keep them all
+                enable_task_events=False,  # of a poll every half second; the head would keep them all
                 **rank_resources(self._config, self._gpus),
             )
             .remote(name)
