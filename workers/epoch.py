@@ -9,7 +9,7 @@ What outlives it is the worker's share (weights, cache) and its scheduler.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -66,9 +66,17 @@ class Epoch:
 
 
 @contextmanager
-def formed(meeting: Meeting, share: Share, account: Account, begin_anew: Callable[[], None]) -> Iterator[Epoch]:
+def formed(
+    meeting: Meeting,
+    share: Share,
+    account: Account,
+    begin_anew: Callable[[], None],
+    loads_LE: Sequence[Sequence[int]] | None,
+) -> Iterator[Epoch]:
     """Comes together with the other members of a view; leaves them when the block ends, or the interruption comes.
     ``begin_anew`` is called when the ranks of this tensor-parallel set are no replicas of each other any more.
+    ``loads_LE``: what each expert computed lately, if this worker was in a group before; experts without a rank are
+    spread evenly by it.
 
     Raises GroupBroken when the group cannot form or is broken again, ExpertsDoNotFit when it is too small, Superseded
     when the interruption comes, ConfigError and CheckpointError for what is this worker's own fault."""
@@ -89,6 +97,7 @@ def formed(meeting: Meeting, share: Share, account: Account, begin_anew: Callabl
             share.open_source,
             most_slots=share.most_slots,
             redundant=spec.experts.redundant,
+            loads_LE=loads_LE,
             superseded=interruption.event,
         )
         runner = runner_over(spec, regrouped.model, share.cache, share.limits, view.shape, share.device)

@@ -180,8 +180,10 @@ class Worker:
             return
         self._tell(WorkerPhase.JOINING, view.epoch)
         meeting = Meeting(view, rank, self._store, self._hostname, interruption)
+        begin_anew = partial(self._begin_anew, view.epoch, outbox)
+        loads_LE = None if self._experts is None else [layer.load for layer in self._experts.report().layers]
         try:
-            with formed(meeting, self._share, self._account, partial(self._begin_anew, view.epoch, outbox)) as epoch:
+            with formed(meeting, self._share, self._account, begin_anew, loads_LE) as epoch:
                 if self._enter(epoch, interruption):
                     self._loop(epoch, outbox).run()
                     self._stopping = True  # the group has agreed to

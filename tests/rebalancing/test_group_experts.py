@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from moestro.protos.sequences import SamplingParams, SequenceRequest
 from moestro.router.placement import Placement, spread
 from moestro.router.placement_file import Shape, save_placements
 from moestro.router.rebalance.config import Config
+from moestro.router.view import Member, View
+from moestro.workers import epoch
 from moestro.workers.checkpoint import open_checkpoint
 from moestro.workers.full_group import build_rank
 from moestro.workers.rank_loop import StepOutput
@@ -97,6 +100,27 @@ def test_every_row_is_counted_before_the_rank_sleeps(serving: Serving) -> None:
     assert 0 < rank.expert_s < rank.step_s
     assert (rank.num_steps, rank.num_slowest) == (6, 6)
     assert (report.num_experts, report.slots_per_rank) == (EXPERTS, EXPERTS)
+
+
+def test_the_next_group_hears_what_was_computed_in_this_one(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By it the experts of a lost rank are spread over those that are left."""
+    heard, really = [], epoch.regroup
+
+    def regroup(*args: Any, **options: Any) -> Any:
+        heard.append(options["loads_LE"])
+        return really(*args, **options)
+
+    monkeypatch.setattr(epoch, "regroup", regroup)
+    serving.answer("a", random_ids(9, seed=1), 40)
+    report = serving.await_report(lambda r: sum(r.layers[0].load) > 0)
+    now = serving.loop.state.epoch
+    serving.loop.form(View(now + 1, (Member(0, 0),), 1))
+    deadline = time.monotonic() + WAIT_S
+    while (serving.loop.state.phase, serving.loop.state.epoch) != (WorkerPhase.SERVING, now + 1):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert heard == [[layer.load for layer in report.layers]]
+    serving.answer("b", random_ids(9, seed=1), 4)
 
 
 def test_a_wish_is_carried_out_while_idle_and_changes_no_answer(serving: Serving) -> None:
