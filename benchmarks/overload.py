@@ -38,6 +38,7 @@ from rich.table import Table
 from moestro.cluster.edge.admission import GIVEN_UP
 from moestro.cluster.edge.grpc_services import CLIENT_KEY
 from moestro.cluster.edge.tickets import AdmissionLimits
+from moestro.cluster.heap import freeze_heap
 from moestro.protos.gen import inference_pb2 as pb
 
 SEATS = 32
@@ -255,6 +256,7 @@ def main(
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/overload.json"),
 ) -> None:
     """Goodput, refusals, memory and fairness; median and range over rounds."""
+    freeze_heap()  # refusals cannot be seen while the one who measures collects garbage
     with ExitStack() as stack:
         with_it, without = stack.enter_context(side(True)), stack.enter_context(side(False))
         rows = [one_round(with_it, without, seed + number, seconds) for number in range(rounds)]

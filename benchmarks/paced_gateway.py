@@ -21,6 +21,7 @@ from moestro.cluster.edge.grpc_server import GrpcOptions, GrpcServer
 from moestro.cluster.edge.served import EdgeLimits, ServedModel
 from moestro.cluster.edge.stub import StubCluster
 from moestro.cluster.edge.tickets import AdmissionLimits
+from moestro.cluster.heap import freeze_heap
 from moestro.cluster.ranks.backend import ClusterBackend
 from moestro.protos.sequences import UNBOUNDED
 
@@ -93,6 +94,7 @@ def gateway_process(pipe: Connection, group: GroupEntry, limits: AdmissionLimits
         kind = ClusterBackend if has_admission else Unlimited
         async with paced_gateway(group, model, edge, kind=kind) as it:
             (permits,) = it.core.permits.values()
+            freeze_heap()
             pipe.send(it.address)
             while await asyncio.to_thread(pipe.recv) is not None:
                 refused = {reason.value: count for reason, count in permits.counts.refused.items()}

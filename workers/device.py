@@ -1,8 +1,6 @@
-"""Process-wide switches: what a kind of device needs of torch, and what a rank needs of Python."""
+"""Process-wide switches: what a kind of device needs of torch."""
 
 from __future__ import annotations
-
-import gc
 
 import torch
 
@@ -15,10 +13,3 @@ def configure_torch(kind: str) -> None:
     """
     if kind == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-def freeze_heap() -> None:
-    """To be called once by whoever owns the process, when everything is built: no later garbage collection walks what
-    is there now. A full one through torch's and Ray's 300,000 objects would stop every sequence for 0.1 s."""
-    gc.collect()
-    gc.freeze()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import grpc
 import psutil
 
+from moestro.cluster.heap import freeze_heap
 from moestro.cluster.memory_reader import MemoryReader
 from moestro.cluster.memory_watch import watch_memory
 from moestro.cluster.ranks.priority import gentle
@@ -115,7 +116,6 @@ class RankProcess:
             gentle()
         try:
             from moestro.router.native import build as boards
-            from moestro.workers.device import freeze_heap
             from moestro.workers.worker import Worker
 
             def on_state(_: WorkerState) -> None:

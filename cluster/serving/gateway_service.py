@@ -14,6 +14,7 @@ from moestro.cluster.config import Config
 from moestro.cluster.directory import GatewayEntry
 from moestro.cluster.directory_follower import DirectoryFollower
 from moestro.cluster.gateway import Gateway, advertised
+from moestro.cluster.heap import freeze_heap
 from moestro.cluster.serving.directory_client import DirectoryClient
 from moestro.cluster.serving.logs import log_to_ray
 
@@ -39,6 +40,7 @@ class GatewayService:
         port = await self._gateway.start()
         here = ray.util.get_node_ip_address() if config.cluster.ray_address else "localhost"
         self._entry = GatewayEntry(name, advertised(config.server.host, port, here))
+        freeze_heap()
         await follower.arrive(self._entry)
         self._reporting = asyncio.create_task(follower.report())
 

@@ -22,6 +22,7 @@ from moestro.cluster.directory import GatewayEntry
 from moestro.cluster.directory_calls import DirectoryCalls, DirectoryServer
 from moestro.cluster.directory_follower import DirectoryFollower
 from moestro.cluster.gateway import Gateway
+from moestro.cluster.heap import freeze_heap
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,7 @@ async def gateway(orders: Orders) -> None:
     follower = DirectoryFollower(orders.directory, edge.update, edge.attached_groups)
     following = asyncio.create_task(follower.follow())
     port = await edge.start()
+    freeze_heap()
     await follower.arrive(GatewayEntry(orders.name, f"127.0.0.1:{port}"))
     await asyncio.gather(following, follower.report())
 

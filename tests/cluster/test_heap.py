@@ -1,4 +1,4 @@
-"""Process-wide switches."""
+"""What a process that must not pause needs of Python."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 FROZEN = """
 import gc
 import torch
-from moestro.workers.device import freeze_heap
+from moestro.cluster.heap import freeze_heap
 assert len(gc.get_objects()) > 50_000
 freeze_heap()
 print(len(gc.get_objects()))
