@@ -25,7 +25,7 @@ class LayerExperts:
 class RankExperts:
     """One rank over the window."""
 
-    rank: int
+    rank: int  # its seat: what operators call it, whoever else is there
     rows: int
     expert_s: float  # in expert products
     wait_s: float  # for rows of other ranks, and for results

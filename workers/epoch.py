@@ -111,6 +111,7 @@ def formed(
             regrouped.model,
             lockstep,
             rank=meeting.rank,
+            seats=tuple(member.seat for member in view.members),
             node_of_rank=node_of_rank,
             open_source=share.open_source,
         )

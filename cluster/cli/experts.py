@@ -160,7 +160,7 @@ def _show(groups: Sequence[GroupExperts], layer: int | None, ledger: bool) -> No
         if ledger:
             console.print(view.decisions(group))
         elif layer is not None:
-            console.print(view.layer_table(_layer_of(group, layer)))
+            console.print(view.layer_table(_layer_of(group, layer), [rank.rank for rank in group.report.ranks]))
         else:
             console.print(view.overview(group, console.width))
 

@@ -58,8 +58,8 @@ def heat_map(report: ExpertsReport, width: int) -> RenderableType:
     return Group(table, legend(report.num_experts, room), Text())
 
 
-def layer_table(layer: LayerExperts) -> Table:
-    """Every expert of one layer."""
+def layer_table(layer: LayerExperts, ranks: Sequence[int]) -> Table:
+    """Every expert of one layer. ``ranks``: their numbers, in the order of its slots."""
     table = Table(
         title=f"layer {layer.layer}  balancedness {layer.balancedness:.3f}  rows by rank "
         + ", ".join(map(str, layer.rank_load)),
@@ -71,21 +71,16 @@ def layer_table(layer: LayerExperts) -> Table:
     table.add_column("", no_wrap=True)
     most, total = max(layer.load), sum(layer.load)
     for expert, rows in enumerate(layer.load):
-        ranks = ranks_of(layer, expert)
+        holders = [rank for rank, slots in zip(ranks, layer.slots, strict=True) if expert in slots]
         table.add_row(
             str(expert),
             str(rows),
             f"{rows * len(layer.load) / total:.2f}" if total else "-",
-            str(len(ranks)),
-            ", ".join(map(str, ranks)),
+            str(len(holders)),
+            ", ".join(map(str, holders)),
             "█" * round(BAR * rows / most) if most else "",
         )
     return table
-
-
-def ranks_of(layer: LayerExperts, expert: int) -> tuple[int, ...]:
-    """The ranks that hold an expert."""
-    return tuple(rank for rank, slots in enumerate(layer.slots) if expert in slots)
 
 
 def rank_table(report: ExpertsReport) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -10,11 +11,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from rich.console import Console
 from tests.cluster.expert_cluster import DENSE, Cluster, FakeGroup, in_thread, report_of
 from tests.cluster.servers import ROOT
 from typer.testing import CliRunner
 
-from moestro.cluster.cli.experts_view import age, ranges
+from moestro.cluster.cli.experts_view import age, layer_table, ranges
 from moestro.cluster.cli.main import app
 from moestro.protos.errors import ConfigError, InvalidRequest
 from moestro.protos.experts import PlacementRequest
@@ -205,3 +207,10 @@ def test_neither_gateway_nor_command_line_load_torch(module: str) -> None:
         [sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True, check=True
     )
     assert seen.stdout.strip() == "[]"
+
+
+def test_ranks_are_called_as_the_status_calls_them_when_others_are_missing() -> None:
+    console = Console(width=120, file=io.StringIO(), record=True)
+    console.print(layer_table(report_of(4).layers[0], [0, 2]))
+    rows = [[cell.strip() for cell in line.split("│")] for line in console.export_text().splitlines()]
+    assert [row[5] for row in rows if row[1:2] in (["0"], ["1"], ["2"])] == ["0", "0, 2", "2"]

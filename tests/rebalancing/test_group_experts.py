@@ -17,6 +17,8 @@ from moestro.protos.errors import ConfigError
 from moestro.protos.experts import ExpertsReport, PlacementRequest
 from moestro.protos.gen import rank_pb2 as pb
 from moestro.protos.sequences import SamplingParams, SequenceRequest
+from moestro.router.mesh import StoreAddress
+from moestro.router.parallel import GroupShape
 from moestro.router.placement import Placement, spread
 from moestro.router.placement_file import Shape, save_placements
 from moestro.router.rebalance.config import Config
@@ -121,6 +123,21 @@ def test_the_next_group_hears_what_was_computed_in_this_one(serving: Serving, mo
         time.sleep(0.01)
     assert heard == [[layer.load for layer in report.layers]]
     serving.answer("b", random_ids(9, seed=1), 4)
+
+
+def test_a_rank_is_called_by_its_seat_whoever_else_is_there(folder: Path) -> None:
+    worker = Worker(RankSpec(str(folder), threads=1, kv_bytes=2**20, shape=GroupShape(3)), StoreAddress("", 0), 2, 0)
+    worker.load()
+    thread = threading.Thread(target=worker.run, args=(lambda output: None,))
+    thread.start()
+    worker.form(View(1, (Member(seat=2, worker=0),), 1))
+    deadline = time.monotonic() + WAIT_S
+    while worker.state.phase is not WorkerPhase.SERVING:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert [rank.rank for rank in worker.experts().ranks] == [2]
+    worker.stop()
+    thread.join(WAIT_S)
 
 
 def test_a_wish_is_carried_out_while_idle_and_changes_no_answer(serving: Serving) -> None:

@@ -54,6 +54,7 @@ class GroupExperts:
         banks: Mapping[int, ExpertBank],
         lockstep: Lockstep,
         rank: int,
+        seats: tuple[int, ...],
         node_of_rank: tuple[int, ...],
         rebalancer: Rebalancer,
         solve: Solve,
@@ -66,7 +67,7 @@ class GroupExperts:
         self._banks = tuple(banks.values())
         self._lockstep = lockstep
         self._rank = rank
-        self._node_of_rank = node_of_rank
+        self._seats, self._node_of_rank = seats, node_of_rank
         self._rebalancer = rebalancer
         self._solve = solve
         self._open_source = open_source
@@ -152,11 +153,11 @@ class GroupExperts:
     def _name_stragglers(self, works: Sequence[Work]) -> None:
         before = self._stragglers.slowness_R
         self._stragglers.observe(works)
-        for rank, (was, now) in enumerate(zip(before, self._stragglers.slowness_R, strict=True)):
+        for seat, was, now in zip(self._seats, before, self._stragglers.slowness_R, strict=True):
             if was == 1 < now:
-                log.warning("rank %d takes %.1f times as long as the others for the same work", rank, now)
+                log.warning("rank %d takes %.1f times as long as the others for the same work", seat, now)
             elif now == 1 < was:
-                log.info("rank %d is as fast as the others again", rank)
+                log.info("rank %d is as fast as the others again", seat)
 
     def _take_command(self, root: int, num_bytes: int, now_s: float) -> Iterable[Intent]:
         with self._lock:

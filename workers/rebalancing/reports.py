@@ -45,11 +45,16 @@ class Reporter:
     """``saw`` and ``publish`` belong to the engine's thread, ``report`` to any."""
 
     def __init__(
-        self, architecture: str, layers: Sequence[int], placements: tuple[Placement, ...], window_s: float
+        self,
+        architecture: str,
+        layers: Sequence[int],
+        placements: tuple[Placement, ...],
+        seats: Sequence[int],
+        window_s: float,
     ) -> None:
-        """``layers``: of the decoder, those with a mixture."""
+        """``layers``: of the decoder, those with a mixture. ``seats``: by rank, what operators call it."""
         self._architecture = architecture
-        self._layers = tuple(layers)
+        self._layers, self._seats = tuple(layers), tuple(seats)
         self._window_s = window_s
         self._placements, self._tables = placements, tabulate(placements)
         self._seen: deque[_Seen] = deque()
@@ -97,7 +102,7 @@ class Reporter:
                     self._layers, load_LE, snapshot.placements, rows_LR, strict=True
                 )
             ),
-            ranks=tuple(_rank(rank, seen, int(rows_LR[:, rank].sum())) for rank in range(num_ranks)),
+            ranks=tuple(_rank(rank, self._seats[rank], seen, int(rows_LR[:, rank].sum())) for rank in range(num_ranks)),
             rebalancer=snapshot.state,
             decisions=tuple(self._decision(entry, now_s) for entry in snapshot.entries),
         )
@@ -118,10 +123,10 @@ class Reporter:
         )
 
 
-def _rank(rank: int, seen: Sequence[_Seen], rows: int) -> RankExperts:
+def _rank(rank: int, seat: int, seen: Sequence[_Seen], rows: int) -> RankExperts:
     observations = [one.observation for one in seen]
     return RankExperts(
-        rank=rank,
+        rank=seat,
         rows=rows,
         expert_s=float(sum(one.experts_s_R[rank] for one in observations)),
         wait_s=float(sum(one.waiting_s_R[rank] for one in observations)),

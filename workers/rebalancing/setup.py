@@ -61,23 +61,25 @@ def group_experts(
     lockstep: Lockstep,
     *,
     rank: int,
+    seats: tuple[int, ...],
     node_of_rank: tuple[int, ...],
     open_source: OpenSource,
 ) -> GroupExperts | NoExperts:
-    """This rank's part in observing and moving the experts of its group."""
+    """This rank's part in observing and moving the experts of its group. ``seats``: by rank."""
     banks = model.banks
     if not banks:
         return NoExperts(model.config.architecture)
     placements = tuple(bank.layout.placement for bank in banks.values())
     shape = next(iter(banks.values())).experts.shape
     rebalancer = Rebalancer(spec.rebalance, placements, shape.num_bytes)
-    reporter = Reporter(model.config.architecture, tuple(banks), placements, spec.rebalance.window_s)
+    reporter = Reporter(model.config.architecture, tuple(banks), placements, seats, spec.rebalance.window_s)
     ranks = Topology(node_of_rank)
     solve = partial(_solve, ranks, placements[0].capacity, model.config.num_expert_groups)
     return GroupExperts(
         banks,
         lockstep,
         rank,
+        seats,
         node_of_rank,
         rebalancer,
         solve,
