@@ -15,7 +15,7 @@ serve: env  ## a cluster on this machine, serving the bundled demo model over gR
 test: env lint  ## everything that must hold; no GPU, no network
 ifeq ($(strip $(ARGS)),)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ALONE:%=--ignore=%)
-	$(BIN)/python -m pytest $(ALONE)
+	$(BIN)/python -m pytest --durations=15 $(ALONE)
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif
