@@ -19,6 +19,7 @@ from ray.serve.schema import ApplicationStatus
 from moestro.cluster.config import Config
 from moestro.cluster.directory import GroupEntry, Snapshot
 from moestro.cluster.serving.app import APP_NAME, build_app
+from moestro.cluster.serving.handles import stop_handles
 from moestro.cluster.serving.plan import Plan
 from moestro.cluster.serving.ports import check_port, check_ray
 from moestro.cluster.serving.reasons import reason_in
@@ -122,6 +123,7 @@ def _ray(config: Config) -> Iterator[str]:
                 raise StartFailed(where + reason_in(str(error))) from None
         yield context.dashboard_url or ""
     finally:
+        stop_handles()
         ray.shutdown()
 
 

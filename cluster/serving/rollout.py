@@ -17,6 +17,7 @@ from ray._private.authentication.authentication_token_setup import maybe_enable_
 from moestro.cluster.config import Config, load_config
 from moestro.cluster.directory import GroupEntry
 from moestro.cluster.serving.app import APP_NAME
+from moestro.cluster.serving.handles import stop_handles
 from moestro.cluster.serving.launch import ASK_S, StartFailed, applications, deploy, quiet_ray, wait_until_running
 from moestro.cluster.serving.plan import Plan
 from moestro.cluster.serving.ports import check_ray
@@ -77,4 +78,5 @@ def connected(ray_address: str) -> Iterator[RunningCluster]:
         directory = serve.get_deployment_handle("Directory", APP_NAME)
         yield RunningCluster(directory.plan.remote().result(timeout_s=PLAN_S), directory)
     finally:
+        stop_handles()
         ray.shutdown()
