@@ -105,8 +105,8 @@ def _ray(config: Config) -> Iterator[str]:
     if cluster.ray_address:
         options: dict[str, Any] = {"address": cluster.ray_address}
     else:
-        # Ray's processes have dozens of threads, and glibc would keep a heap of its own for every eight of them a core:
-        # what is freed in one is not used in the others, and all grow for hours.
+        # Ray's processes have dozens of threads, for which glibc would keep eight heaps a core: what is freed in one is
+        # not used in the others, and all grow for hours.
         os.environ.setdefault("MALLOC_ARENA_MAX", "4")
         options = {
             "address": "local",
