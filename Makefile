@@ -7,7 +7,7 @@ ARGS ?=
 # Tests that start processes of their own or look at the clock have the machine to themselves; all others run two at a time.
 ALONE := tests/cluster tests/distributed tests/verify
 
-.PHONY: serve test simulate test-head chaos soak lint env buf clean
+.PHONY: serve test test-long simulate test-head chaos soak lint env buf clean
 
 serve: env  ## a cluster on this machine, serving the bundled demo model over gRPC
 	$(BIN)/moestro serve $(ARGS)
@@ -24,6 +24,9 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+test-long: env  ## what takes minutes: a cluster that is shrunk, replaced and grown under load, stragglers, more epochs
+	$(BIN)/python -m pytest -m long --ignore=tests/cluster/test_head_loss.py $(ARGS)
 
 simulate: env  ## ten thousand seeds of a simulated cluster; one that fails is replayed by --seed N --trace
 	$(BIN)/python -m moestro.cluster.simulation --seeds 10000 $(ARGS)

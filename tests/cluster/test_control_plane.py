@@ -127,6 +127,7 @@ def told(server: Server, words: str) -> int:
     return sum(words in line for line in server.lines[5:])
 
 
+@pytest.mark.long
 def test_it_shrinks_and_is_replaced_and_grows_under_load_without_a_failed_request(server: Server) -> None:
     asked = [Asked.of(seed, vocab_size=250, max_tokens=100) for seed in range(8)]
     config = server.home / "update.toml"
