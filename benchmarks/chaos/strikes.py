@@ -83,13 +83,14 @@ def followed(strikes: Sequence[Strike], history: Sequence[Seen], records: Sequen
 
 
 def last_before(history: Sequence[Seen], at_s: float) -> Seen | None:
-    return next((each for each in reversed(history) if each.at_s <= at_s and each.answered), None)
+    """The last answer by then. ``history`` is in the order of time."""
+    end = bisect_right(history, at_s, key=lambda each: each.at_s)
+    return next((history[each] for each in range(end - 1, -1, -1) if history[each].answered), None)
 
 
 def is_whole(history: Sequence[Seen], at_s: float, ranks: int) -> bool:
-    """Whether all ranks served, as the last answer before tells. ``history`` is in the order of time."""
-    index = bisect_right(history, at_s, key=lambda each: each.at_s)
-    last = next((history[each] for each in range(index - 1, -1, -1) if history[each].answered), None)
+    """Whether all ranks served, as the last answer before tells."""
+    last = last_before(history, at_s)
     return last is not None and last.serving == ranks
 
 

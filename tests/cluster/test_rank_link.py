@@ -82,6 +82,17 @@ async def attached(address: str, lost: list[RankLink] | None = None) -> AsyncIte
         await link.close()
 
 
+@asynccontextmanager
+async def following(address: str) -> AsyncIterator[tuple[ClusterBackend, RankEntry]]:
+    """A backend that knows of one rank, in epoch 2 of group g, reached or not; and that rank's entry."""
+    backend, entry = ClusterBackend("gw", "s3cret"), RankEntry(0, 0, RankState.SERVING, address)
+    backend.update([GroupEntry("g", 1, 1, 2, (entry,))])
+    try:
+        yield backend, entry
+    finally:
+        await backend.close()
+
+
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
         while not condition():  # noqa: ASYNC110 - nothing here signals
@@ -277,10 +288,7 @@ def test_streams_of_a_lost_rank_go_on_elsewhere_though_its_connection_holds(
     change: dict[str, Any], forming: bool, died: bool
 ) -> None:
     async def scenario() -> None:
-        async with serving() as (rank, address, _):
-            backend = ClusterBackend("gw", "s3cret")
-            entry = RankEntry(0, 0, RankState.SERVING, address)
-            backend.update([GroupEntry("g", 1, 1, 2, (entry,))])
+        async with serving() as (rank, address, _), following(address) as (backend, entry):
             await asyncio.wait_for(backend.available(), 5.0)
             stream = backend.start([request("one")])
             await until(lambda: bool(rank.requests))
@@ -292,17 +300,13 @@ def test_streams_of_a_lost_rank_go_on_elsewhere_though_its_connection_holds(
             with pytest.raises(Unavailable, match="no rank is serving now"):
                 backend.start([request("two")])
             await until(lambda: bool(rank.cancelled))
-            await backend.close()
 
     asyncio.run(scenario())
 
 
 def test_a_rank_whose_process_is_gone_is_told_apart_though_the_directory_still_names_it() -> None:
     async def scenario() -> None:
-        async with serving() as (_, address, server):
-            backend = ClusterBackend("gw", "s3cret")
-            entry = RankEntry(0, 0, RankState.SERVING, address)
-            backend.update([GroupEntry("g", 1, 1, 2, (entry,))])
+        async with serving() as (_, address, server), following(address) as (backend, entry):
             assert (backend.unreachable(), backend.attached_groups()) == (set(), set())  # it was not tried yet
             await asyncio.wait_for(backend.available(), 5.0)
             assert (backend.unreachable(), backend.attached_groups()) == (set(), {"g"})
@@ -311,7 +315,6 @@ def test_a_rank_whose_process_is_gone_is_told_apart_though_the_directory_still_n
             assert backend.attached_groups() == set()
             backend.update([GroupEntry("g", 1, 1, 3, (replace(entry, state=RankState.LOST),))])
             assert backend.unreachable() == set()
-            await backend.close()
 
     asyncio.run(scenario())
 
@@ -321,10 +324,7 @@ def test_whether_a_rank_outlived_the_loss_of_its_connection(fate: str, monkeypat
     monkeypatch.setattr("moestro.cluster.ranks.backend.DEATH_S", 0.2 if fate == "nobody can tell" else 10.0)
 
     async def scenario() -> None:
-        async with serving() as (_, address, server):
-            backend = ClusterBackend("gw", "s3cret")
-            entry = RankEntry(0, 0, RankState.SERVING, address)
-            backend.update([GroupEntry("g", 1, 1, 2, (entry,))])
+        async with serving() as (_, address, server), following(address) as (backend, entry):
             await asyncio.wait_for(backend.available(), 5.0)
             stream = backend.start([request("one")])
             link = backend.link_of(address)
@@ -342,17 +342,13 @@ def test_whether_a_rank_outlived_the_loss_of_its_connection(fate: str, monkeypat
                 assert not asked.done()
                 backend.update([GroupEntry("g", 1, 1, 3, (replace(entry, state=RankState.LOST),))])
             assert await asyncio.wait_for(asked, 5.0) is (fate != "the directory drops it")
-            await backend.close()
 
     asyncio.run(scenario())
 
 
 def test_a_draining_rank_finishes_what_it_has_and_gets_nothing_new() -> None:
     async def scenario() -> None:
-        async with serving() as (rank, address, _):
-            backend = ClusterBackend("gw", "s3cret")
-            entry = RankEntry(0, 0, RankState.SERVING, address)
-            backend.update([GroupEntry("g", 1, 1, 2, (entry,))])
+        async with serving() as (rank, address, _), following(address) as (backend, entry):
             await asyncio.wait_for(backend.available(), 5.0)
             stream = backend.start([request("one")])
             await until(lambda: bool(rank.requests))
@@ -361,7 +357,6 @@ def test_a_draining_rank_finishes_what_it_has_and_gets_nothing_new() -> None:
                 backend.start([request("two")])
             rank.answer(SequenceDelta(rank.requests[0].sequence_id, (7,), finish_reason=FinishReason.LENGTH))
             assert [delta.token_ids for delta in await stream.next()] == [(7,)]
-            await backend.close()
 
     asyncio.run(scenario())
 
